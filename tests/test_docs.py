@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.catalogue import PAGE, with_tables
+from tolaria.config import Settings, is_live
 from tolaria.run.packet_telemetry import BOUNDARY, CHECKPOINT, EPOCH, LANE_RESTART, ROLLBACK
 
 ROOT = Path(__file__).parents[1]
@@ -93,3 +94,14 @@ def test_the_spans_of_telemetry_are_those_that_are_recorded() -> None:
     page = PAGE.read_text(encoding="utf-8")
     names = (EPOCH, BOUNDARY, ROLLBACK, CHECKPOINT, LANE_RESTART)
     assert [name for name in names if f"| `{name}` |" not in page] == []
+
+
+def test_operations_lists_the_live_settings() -> None:
+    """Each section with settings that a reload changes has a row, which names them in their order."""
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    rows = [
+        f"| `{name}` | {', '.join(f'`{field}`' for field in live)} |"
+        for name, section in Settings()
+        if (live := [field for field in type(section).model_fields if is_live(type(section), field)])
+    ]
+    assert page.split("<!-- live -->\n")[1].split("<!-- /live -->")[0].splitlines()[2:] == rows

@@ -158,7 +158,7 @@ def hosted(options: dict[str, int], epochs: int, mode: str) -> Stamps:
     with tempfile.TemporaryDirectory() as folder:
         os.environ[STAMPS] = f"{folder}/stamps.json"
         try:
-            if service.run(load_settings(None, [*overrides, f"state.dir={folder}/state"])):
+            if service.run(load_settings(None, [*overrides, f"state.dir={folder}/state"]), load_settings):
                 raise SystemExit("the hosted run failed")
             return Stamps(**json.loads(Path(folder, "stamps.json").read_text(encoding="utf-8")))
         finally:

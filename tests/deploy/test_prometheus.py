@@ -197,3 +197,16 @@ def test_promtool_objects_to_kept_names_only(tmp_path: Path) -> None:
         lines = (done.stdout + done.stderr).splitlines()
         assert [line for line in lines if line and not any(word in line.split()[0] for word in ISSUES)] == []
         assert lines
+
+
+def test_the_runbook_covers_every_event() -> None:
+    """One row for each event of the catalogue, whose links lead to sections."""
+    text = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
+    table = text.split("<!-- events -->\n")[1].split("<!-- /events -->")[0]
+    known = {spec.name for spec in vars(events).values() if isinstance(spec, events.EventSpec)}
+    known |= {spec.name for spec in events.EMERGENCY_BROADCASTS.values()}
+
+    covered = re.findall(r"^\| `([\w.]+)` \| .{20,} \|$", table, re.MULTILINE)
+    assert sorted(covered) == sorted(known)
+    anchors = {heading.lower() for heading in re.findall(r"^### (\w+)$", text, re.MULTILINE)}
+    assert set(re.findall(r"\(#(\w+)\)", text)) <= anchors

@@ -95,7 +95,8 @@ SERVICES = {
     "RollbackParticipantService": "PrepareRollback CommitRollback ConfirmRollback AbortRollback",
     "TolariaAdminService": "GetStatus WatchStatus PauseTraining ResumeTraining StopTraining TriggerRollback"
     " ListRestorePoints CreateCheckpoint RaiseEmergency ClearEmergency ListIncidents SetConservativeMode"
-    " AdjustLearningRate CaptureProfile ListAdminCalls ExportModel SkipData ListDataSkips StreamTelemetry",
+    " AdjustLearningRate CaptureProfile ListAdminCalls ExportModel SkipData ListDataSkips StreamTelemetry"
+    " ReloadConfig Shutdown",
 }
 STREAMING = {"WatchStatus", "StreamTelemetry"}
 READING = {

@@ -11,7 +11,7 @@ import anyio
 import anyio.lowlevel
 import grpc.aio
 
-from leyline.v1.admin_service_pb2 import DESCRIPTOR
+from leyline.v1.admin_service_pb2 import DESCRIPTOR, ReloadConfigResponse
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub, add_TolariaAdminServiceServicer_to_server
 from support.runs import RunUnderTest
 from tolaria.errors import JournalError
@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceAsyncStub  # in the type stubs only
 
 SERVICE = DESCRIPTOR.services_by_name["TolariaAdminService"]
+
+
+async def no_reload(origin: str) -> ReloadConfigResponse:
+    """Finds no change."""
+    del origin
+    return ReloadConfigResponse()
 
 
 class MemoryJournal(AsyncJournal):
@@ -117,6 +123,7 @@ async def serving_run(run: RunUnderTest, addresses: list[str] | None = None) -> 
             interval_s=60.0,
             state_dir=Path(run.core.foundation.settings.state.dir),
             telemetry=run.core.telemetry,
+            reload=no_reload,
         )
         async with serving_parts(parts, addresses) as channel:
             yield channel

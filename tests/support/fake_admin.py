@@ -30,8 +30,13 @@ from leyline.v1.admin_service_pb2 import (
     ListRestorePointsResponse,
     PauseTrainingRequest,
     PauseTrainingResponse,
+    ReloadConfigRequest,
+    ReloadConfigResponse,
     RestorePoint,
     RunState,
+    SettingChange,
+    ShutdownRequest,
+    ShutdownResponse,
     TriggerRollbackRequest,
     TriggerRollbackResponse,
     WatchStatusRequest,
@@ -117,6 +122,8 @@ class FakeAdmin(TolariaAdminServiceServicer):
             left_checkpoint_id="" if request.reason == "no room" else "000000000057-0badcafe",
             left_not_kept="the disk is\nfull" if request.reason == "no room" else "",
             kept_ms=31.4,
+            left_kept_until=None if request.reason == "no room" else Timestamp(seconds=1_800_000_000),
+            superseded_kept=2,
         )
 
     def CreateCheckpoint(  # noqa: N802
@@ -132,6 +139,26 @@ class FakeAdmin(TolariaAdminServiceServicer):
     ) -> CaptureProfileResponse:
         self._record(request, context)
         return CaptureProfileResponse(global_step=62, path="/state/traces/trace-1.json", size_bytes=2048)
+
+    def ReloadConfig(  # noqa: N802
+        self, request: ReloadConfigRequest, context: grpc.ServicerContext
+    ) -> ReloadConfigResponse:
+        self._record(request, context)
+        return ReloadConfigResponse(
+            global_step=57,
+            changed=[SettingChange(name="checkpoint.keep_last", before="3", after="5")],
+            waiting=[SettingChange(name="training.epochs", before="20", after="30")],
+            notices=["rollback.loss_factor is retired and has no effect: remove it"],
+        )
+
+    def Shutdown(  # noqa: N802
+        self, request: ShutdownRequest, context: grpc.ServicerContext
+    ) -> ShutdownResponse:
+        self._record(request, context)
+        if request.reason == "again":
+            info = error_details_pb2.ErrorInfo(reason="DRAINING", domain="tolaria")
+            _refuse(context, grpc.StatusCode.UNAVAILABLE, "the service is stopping: SIGTERM", info)
+        return ShutdownResponse(global_step=57, state=RunState.RUN_STATE_DRAINING)
 
     def ExportModel(  # noqa: N802
         self, request: ExportModelRequest, context: grpc.ServicerContext

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import random
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import cast
@@ -128,6 +129,15 @@ class StuckJob(TinyJob):
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         if self.seen:
             threading.Event().wait()
+        return super().losses(model, batch)
+
+
+class SlowJob(TinyJob):
+    """Sleeps for `options["seconds"]` in every forward pass but the first."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        if self.seen:
+            time.sleep(float(str(self.context.options["seconds"])))
         return super().losses(model, batch)
 
 

@@ -331,6 +331,7 @@ class GetStatusResponse(_message.Message):
     """Optimizer updates done."""
     training_loss: _builtins.float
     validation_accuracy: _builtins.float
+    """0 also if the job counts none: then validation_metrics has no accuracy."""
     emergency_level: _enums_pb2.EmergencyLevel.ValueType
     last_boundary_ms: _builtins.float
     state_reason: _builtins.str
@@ -857,6 +858,8 @@ class TriggerRollbackResponse(_message.Message):
     LEFT_CHECKPOINT_ID_FIELD_NUMBER: _builtins.int
     LEFT_NOT_KEPT_FIELD_NUMBER: _builtins.int
     KEPT_MS_FIELD_NUMBER: _builtins.int
+    LEFT_KEPT_UNTIL_FIELD_NUMBER: _builtins.int
+    SUPERSEDED_KEPT_FIELD_NUMBER: _builtins.int
     rollback_id: _builtins.str
     tier: _enums_pb2.RollbackTier.ValueType
     restored_step: _builtins.int
@@ -887,6 +890,13 @@ class TriggerRollbackResponse(_message.Message):
     left_not_kept: _builtins.str
     kept_ms: _builtins.float
     """Time to keep it, which is part neither of waited_ms nor of the budget."""
+    superseded_kept: _builtins.int
+    @_builtins.property
+    def left_kept_until(self) -> _timestamp_pb2.Timestamp:
+        """Until when it is kept (checkpoint.keep_superseded_s), unless this many
+        checkpoints are superseded later (checkpoint.keep_superseded).
+        """
+
     def __init__(
         self,
         *,
@@ -907,10 +917,12 @@ class TriggerRollbackResponse(_message.Message):
         left_checkpoint_id: _builtins.str = ...,
         left_not_kept: _builtins.str = ...,
         kept_ms: _builtins.float = ...,
+        left_kept_until: _timestamp_pb2.Timestamp | None = ...,
+        superseded_kept: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["left_kept_until", b"left_kept_until"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "chosen", b"chosen", "coordinated", b"coordinated", "expected_digest", b"expected_digest", "global_step", b"global_step", "kept_ms", b"kept_ms", "latency_ms", b"latency_ms", "left_checkpoint_id", b"left_checkpoint_id", "left_not_kept", b"left_not_kept", "left_step", b"left_step", "restored_ms", b"restored_ms", "restored_step", b"restored_step", "rollback_id", b"rollback_id", "state_digest", b"state_digest", "superseded", b"superseded", "tier", b"tier", "waited_ms", b"waited_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "chosen", b"chosen", "coordinated", b"coordinated", "expected_digest", b"expected_digest", "global_step", b"global_step", "kept_ms", b"kept_ms", "latency_ms", b"latency_ms", "left_checkpoint_id", b"left_checkpoint_id", "left_kept_until", b"left_kept_until", "left_not_kept", b"left_not_kept", "left_step", b"left_step", "restored_ms", b"restored_ms", "restored_step", b"restored_step", "rollback_id", b"rollback_id", "state_digest", b"state_digest", "superseded", b"superseded", "superseded_kept", b"superseded_kept", "tier", b"tier", "waited_ms", b"waited_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1953,3 +1965,134 @@ class StreamTelemetryResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamTelemetryResponse: _TypeAlias = StreamTelemetryResponse  # noqa: Y015
+
+@_typing.final
+class ReloadConfigRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReloadConfigRequest: _TypeAlias = ReloadConfigRequest  # noqa: Y015
+
+@_typing.final
+class SettingChange(_message.Message):
+    """A setting whose value differs; values are JSON, those of secrets are not shown."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """section.field"""
+    before: _builtins.str
+    after: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        before: _builtins.str = ...,
+        after: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SettingChange: _TypeAlias = SettingChange  # noqa: Y015
+
+@_typing.final
+class ReloadConfigResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GLOBAL_STEP_FIELD_NUMBER: _builtins.int
+    CHANGED_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    NOTICES_FIELD_NUMBER: _builtins.int
+    global_step: _builtins.int
+    @_builtins.property
+    def changed(self) -> _containers.RepeatedCompositeFieldContainer[Global___SettingChange]:
+        """In force from now on."""
+
+    @_builtins.property
+    def waiting(self) -> _containers.RepeatedCompositeFieldContainer[Global___SettingChange]:
+        """In force after a restart."""
+
+    @_builtins.property
+    def notices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """About settings that are retired."""
+
+    def __init__(
+        self,
+        *,
+        global_step: _builtins.int = ...,
+        changed: _abc.Iterable[Global___SettingChange] | None = ...,
+        waiting: _abc.Iterable[Global___SettingChange] | None = ...,
+        notices: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed", "global_step", b"global_step", "notices", b"notices", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReloadConfigResponse: _TypeAlias = ReloadConfigResponse  # noqa: Y015
+
+@_typing.final
+class ShutdownRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShutdownRequest: _TypeAlias = ShutdownRequest  # noqa: Y015
+
+@_typing.final
+class ShutdownResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GLOBAL_STEP_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    global_step: _builtins.int
+    state: Global___RunState.ValueType
+    def __init__(
+        self,
+        *,
+        global_step: _builtins.int = ...,
+        state: Global___RunState.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["global_step", b"global_step", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShutdownResponse: _TypeAlias = ShutdownResponse  # noqa: Y015

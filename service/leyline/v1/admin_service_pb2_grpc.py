@@ -133,6 +133,16 @@ class TolariaAdminServiceStub:
                 request_serializer=leyline_dot_v1_dot_admin__service__pb2.StreamTelemetryRequest.SerializeToString,
                 response_deserializer=leyline_dot_v1_dot_admin__service__pb2.StreamTelemetryResponse.FromString,
                 _registered_method=True)
+        self.ReloadConfig = channel.unary_unary(
+                '/leyline.v1.TolariaAdminService/ReloadConfig',
+                request_serializer=leyline_dot_v1_dot_admin__service__pb2.ReloadConfigRequest.SerializeToString,
+                response_deserializer=leyline_dot_v1_dot_admin__service__pb2.ReloadConfigResponse.FromString,
+                _registered_method=True)
+        self.Shutdown = channel.unary_unary(
+                '/leyline.v1.TolariaAdminService/Shutdown',
+                request_serializer=leyline_dot_v1_dot_admin__service__pb2.ShutdownRequest.SerializeToString,
+                response_deserializer=leyline_dot_v1_dot_admin__service__pb2.ShutdownResponse.FromString,
+                _registered_method=True)
 
 
 class TolariaAdminServiceServicer:
@@ -256,6 +266,20 @@ class TolariaAdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReloadConfig(self, request, context):
+        """Reads the settings again, as SIGHUP does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Shutdown(self, request, context):
+        """Ends the process as SIGTERM does; the run goes on when it is started again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TolariaAdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -353,6 +377,16 @@ def add_TolariaAdminServiceServicer_to_server(servicer, server):
                     servicer.StreamTelemetry,
                     request_deserializer=leyline_dot_v1_dot_admin__service__pb2.StreamTelemetryRequest.FromString,
                     response_serializer=leyline_dot_v1_dot_admin__service__pb2.StreamTelemetryResponse.SerializeToString,
+            ),
+            'ReloadConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReloadConfig,
+                    request_deserializer=leyline_dot_v1_dot_admin__service__pb2.ReloadConfigRequest.FromString,
+                    response_serializer=leyline_dot_v1_dot_admin__service__pb2.ReloadConfigResponse.SerializeToString,
+            ),
+            'Shutdown': grpc.unary_unary_rpc_method_handler(
+                    servicer.Shutdown,
+                    request_deserializer=leyline_dot_v1_dot_admin__service__pb2.ShutdownRequest.FromString,
+                    response_serializer=leyline_dot_v1_dot_admin__service__pb2.ShutdownResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -872,6 +906,60 @@ class TolariaAdminService:
             '/leyline.v1.TolariaAdminService/StreamTelemetry',
             leyline_dot_v1_dot_admin__service__pb2.StreamTelemetryRequest.SerializeToString,
             leyline_dot_v1_dot_admin__service__pb2.StreamTelemetryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReloadConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leyline.v1.TolariaAdminService/ReloadConfig',
+            leyline_dot_v1_dot_admin__service__pb2.ReloadConfigRequest.SerializeToString,
+            leyline_dot_v1_dot_admin__service__pb2.ReloadConfigResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Shutdown(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leyline.v1.TolariaAdminService/Shutdown',
+            leyline_dot_v1_dot_admin__service__pb2.ShutdownRequest.SerializeToString,
+            leyline_dot_v1_dot_admin__service__pb2.ShutdownResponse.FromString,
             options,
             channel_credentials,
             insecure,

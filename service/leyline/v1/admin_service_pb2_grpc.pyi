@@ -56,6 +56,10 @@ class TolariaAdminServiceStub:
     SkipData: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.SkipDataRequest, _admin_service_pb2.SkipDataResponse]
     ListDataSkips: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListDataSkipsRequest, _admin_service_pb2.ListDataSkipsResponse]
     StreamTelemetry: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.StreamTelemetryRequest, _admin_service_pb2.StreamTelemetryResponse]
+    ReloadConfig: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ReloadConfigRequest, _admin_service_pb2.ReloadConfigResponse]
+    """Reads the settings again, as SIGHUP does."""
+    Shutdown: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ShutdownRequest, _admin_service_pb2.ShutdownResponse]
+    """Ends the process as SIGTERM does; the run goes on when it is started again."""
 
 @_typing.type_check_only
 class TolariaAdminServiceAsyncStub(TolariaAdminServiceStub):
@@ -85,6 +89,10 @@ class TolariaAdminServiceAsyncStub(TolariaAdminServiceStub):
     SkipData: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.SkipDataRequest, _admin_service_pb2.SkipDataResponse]  # type: ignore[assignment]
     ListDataSkips: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListDataSkipsRequest, _admin_service_pb2.ListDataSkipsResponse]  # type: ignore[assignment]
     StreamTelemetry: _aio.UnaryStreamMultiCallable[_admin_service_pb2.StreamTelemetryRequest, _admin_service_pb2.StreamTelemetryResponse]  # type: ignore[assignment]
+    ReloadConfig: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ReloadConfigRequest, _admin_service_pb2.ReloadConfigResponse]  # type: ignore[assignment]
+    """Reads the settings again, as SIGHUP does."""
+    Shutdown: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ShutdownRequest, _admin_service_pb2.ShutdownResponse]  # type: ignore[assignment]
+    """Ends the process as SIGTERM does; the run goes on when it is started again."""
 
 class TolariaAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by Tolaria for its operators. Every request that changes something
@@ -225,5 +233,21 @@ class TolariaAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.StreamTelemetryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_service_pb2.StreamTelemetryResponse], _abc.AsyncIterator[_admin_service_pb2.StreamTelemetryResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ReloadConfig(
+        self,
+        request: _admin_service_pb2.ReloadConfigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ReloadConfigResponse, _abc.Awaitable[_admin_service_pb2.ReloadConfigResponse]]:
+        """Reads the settings again, as SIGHUP does."""
+
+    @_abc_1.abstractmethod
+    def Shutdown(
+        self,
+        request: _admin_service_pb2.ShutdownRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ShutdownResponse, _abc.Awaitable[_admin_service_pb2.ShutdownResponse]]:
+        """Ends the process as SIGTERM does; the run goes on when it is started again."""
 
 def add_TolariaAdminServiceServicer_to_server(servicer: TolariaAdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -135,7 +135,7 @@ class CheckpointStore:
         self._files = files or Filesystem()
         self._journal = journal
         self._run_id = run_id
-        self._retention = retention
+        self.retention = retention
         self._last_fault: FaultRow | None = None
         self._unrecorded: deque[FaultRow] = deque(maxlen=_UNRECORDED_FAULTS_MAX)
         self._removal = threading.Lock()  # nothing is removed while it is being read
@@ -147,7 +147,7 @@ class CheckpointStore:
     def for_run(self, run_id: str) -> CheckpointStore:
         """Returns a store of the same directory for another run, to use instead of this one."""
         return CheckpointStore(
-            self._directory, self._journal, run_id=run_id, retention=self._retention, files=self._files
+            self._directory, self._journal, run_id=run_id, retention=self.retention, files=self._files
         )
 
     def repair(self) -> Repairs:
@@ -377,8 +377,8 @@ class CheckpointStore:
             rows = self._journal.checkpoints()
             committed = [row for row in rows if row.state == "committed"]
             superseded = [row for row in rows if row.state == "superseded"]
-            kept = self._retention.kept(committed, run_id=self._run_id)
-            kept |= self._retention.kept_superseded(superseded, run_id=self._run_id, now_ns=time.time_ns())
+            kept = self.retention.kept(committed, run_id=self._run_id)
+            kept |= self.retention.kept_superseded(superseded, run_id=self._run_id, now_ns=time.time_ns())
             candidates = superseded if leaving else [*superseded, *committed]
             unneeded = [row for row in candidates if row not in kept and row.checkpoint_id not in keep]
             self._remove(unneeded, "retention")

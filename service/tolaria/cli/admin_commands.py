@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 from leyline.v1 import admin_service_pb2 as messages
 from leyline.v1.enums_pb2 import EmergencyLevel, RollbackTier
 from tolaria.cli import answers, render
+from tolaria.cli.completion import complete_checkpoint
 from tolaria.cli.errors import CommandFailedError, ServiceUnreachableError
 
 if TYPE_CHECKING:
@@ -172,6 +173,21 @@ def stop() -> messages.StopTrainingRequest:
     return messages.StopTrainingRequest()
 
 
+@admin_command(admin_app, lambda admin: admin.ReloadConfig, show=answers.show_reload)
+def reload() -> messages.ReloadConfigRequest:
+    """Have a service read its settings again: what it was started with, a file that has changed since.
+
+    Prints what has changed and what waits for a restart. A file with a mistake changes nothing.
+    """
+    return messages.ReloadConfigRequest()
+
+
+@admin_command(admin_app, lambda admin: admin.Shutdown)
+def shutdown() -> messages.ShutdownRequest:
+    """End the service after a last checkpoint, as SIGTERM does; started again, it goes on with the run."""
+    return messages.ShutdownRequest()
+
+
 @admin_command(admin_app, lambda admin: admin.SetConservativeMode)
 def conservative(
     switch: Annotated[Switch, typer.Argument(help="on: stop changing seeds and consulting the controller; off: undo.")],
@@ -241,7 +257,10 @@ def rollback(
     checkpoint_id: Annotated[
         str,
         typer.Option(
-            "--checkpoint", metavar="ID", help="Restore this one of restore-points, also a superseded one: undo."
+            "--checkpoint",
+            metavar="ID",
+            help="Restore this one of restore-points, also a superseded one: undo.",
+            autocompletion=complete_checkpoint,
         ),
     ] = "",
 ) -> messages.TriggerRollbackRequest:

@@ -104,6 +104,23 @@ def show_incidents(answer: messages.ListIncidentsResponse) -> None:
     print_table(incident_rows(answer.incidents), INCIDENT_COLUMNS)
 
 
+def show_reload(answer: messages.ReloadConfigResponse) -> None:
+    """Prints the settings that have changed, and those that wait for a restart."""
+    _took_effect("reload", answer.global_step, f"{len(answer.changed)} changed" if answer.changed else "no change")
+    for one in answer.changed:
+        typer.echo(f"  {_change(one)}")
+    if answer.waiting:
+        typer.echo("waiting for a restart:")
+    for one in answer.waiting:
+        typer.echo(f"  {_change(one)}")
+    for notice in answer.notices:
+        typer.echo(f"  {one_line(notice, length_max=_PATH_LENGTH_MAX)}")
+
+
+def _change(one: messages.SettingChange) -> str:
+    return f"{one_line(one.name)}: {one_line(one.before)} -> {one_line(one.after)}"
+
+
 def show_clearance(answer: messages.ClearEmergencyResponse) -> None:
     """Prints the state after a clearance, and what is left to do when training stays halted."""
     show_change("clear", answer)
@@ -132,7 +149,7 @@ def show_rollback(answer: messages.TriggerRollbackResponse) -> None:
     _took_effect("rollback", answer.restored_step, ", ".join(part for part in parts if part))
     if left_id := one_line(answer.left_checkpoint_id):
         back = f"tolaria rollback --checkpoint {left_id} --reason ... returns to it"
-        typer.echo(f"step {answer.left_step} is kept as checkpoint {left_id}: {back}")
+        typer.echo(f"step {answer.left_step} is kept as checkpoint {left_id}{_kept_until(answer)}: {back}")
     elif answer.left_not_kept:
         typer.echo(f"step {answer.left_step} is not kept: {one_line(answer.left_not_kept)}")
     if answer.superseded:
@@ -141,6 +158,14 @@ def show_rollback(answer: messages.TriggerRollbackResponse) -> None:
         typer.secho(f"DIGESTS DIFFER: {differing}", fg=typer.colors.RED, bold=True)
     else:
         typer.echo(f"digests equal: {one_line(answer.state_digest)}")
+
+
+def _kept_until(answer: messages.TriggerRollbackResponse) -> str:
+    """Returns until when the state that was left is kept; nothing for a service that does not say."""
+    if not answer.HasField("left_kept_until"):
+        return ""
+    until = f" until {time_text(answer.left_kept_until)} UTC (checkpoint.keep_superseded_s)"
+    return f"{until}, and while it is among the newest {answer.superseded_kept} superseded ones"
 
 
 def differing_digests(answer: messages.TriggerRollbackResponse) -> str:

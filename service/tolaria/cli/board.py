@@ -18,18 +18,19 @@ if TYPE_CHECKING:
 
 board_app = typer.Typer(help="Read and write a signal board, with or without its service.", no_args_is_help=True)
 BoardFile = Annotated[Path, typer.Option("--board", metavar="FILE", help="The board, such as /dev/shm/tolaria-RUN.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as these commands always do.")]
 _POLL_S = 1.0
 
 
 @board_app.command()
-def show(*, board: BoardFile) -> None:
+def show(*, board: BoardFile, as_json: AsJson = True) -> None:  # noqa: ARG001 - for scripts that give it to all
     """Print the board's signals, acknowledgements and rollback as one line of JSON."""
     with _attach(board) as attached:
         typer.echo(json.dumps(_contents(attached)))
 
 
 @board_app.command()
-def watch(*, board: BoardFile) -> None:
+def watch(*, board: BoardFile, as_json: AsJson = True) -> None:  # noqa: ARG001 - likewise
     """Print the contents of the board, as `show` does, after each change until the board is removed."""
     with _attach(board) as attached:
         printed: dict[str, object] = {}
@@ -43,7 +44,11 @@ def watch(*, board: BoardFile) -> None:
 
 @board_app.command("raise")
 def raise_(
-    level: Annotated[Level, typer.Argument(help="The level to raise.")], *, board: BoardFile, reason: Reason
+    level: Annotated[Level, typer.Argument(help="The level to raise.")],
+    *,
+    board: BoardFile,
+    reason: Reason,
+    as_json: AsJson = True,  # noqa: ARG001 - likewise
 ) -> None:
     """Raise an emergency level as the operator."""
     with _attach(board) as attached:
@@ -53,10 +58,12 @@ def raise_(
 
 
 @board_app.command()
-def clear(*, board: BoardFile) -> None:
+def clear(*, board: BoardFile, as_json: AsJson = True) -> None:  # noqa: ARG001 - likewise
     """Clear every signal on the board; training that was halted continues when it is resumed."""
     with _attach(board) as attached:
+        cleared = len(list(attached.active_signals()))
         attached.claim("operator").clear_all()
+        typer.echo(json.dumps({"cleared": cleared}))
 
 
 def _attach(path: Path) -> SignalBoard:

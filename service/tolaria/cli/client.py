@@ -213,7 +213,7 @@ def _failure(error: grpc.aio.AioRpcError, target: Target) -> TolariaError:
     # A deadline that the service itself enforces, as of a rollback, comes with details.
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not _rich_status(error).details:
         return ServiceUnreachableError(f"{target.address}: no answer within {target.timeout_s:g} s")
-    if error.code() in _CONNECTION_LOST:
+    if error.code() in _CONNECTION_LOST and not _rich_status(error).details:  # with details, the service has answered
         hint = tls_hint(target.connection, error.details() or "") if error.code() is grpc.StatusCode.UNAVAILABLE else ""
         return ServiceUnreachableError(f"no service answers at {target.address}: {_message(error)}{hint}")
     if error.code() is grpc.StatusCode.UNAUTHENTICATED and not target.connection.token_file:

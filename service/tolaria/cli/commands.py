@@ -39,11 +39,13 @@ from tolaria.cli.audit import audit
 from tolaria.cli.backups import backup, restore_backup
 from tolaria.cli.board import board_app
 from tolaria.cli.branches import branch_app
+from tolaria.cli.config_commands import config_app
 from tolaria.cli.credentials import certs_app, token_app
 from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, report
 from tolaria.cli.exports import export_app
 from tolaria.cli.job_commands import job_app
 from tolaria.cli.lane_commands import lane_app
+from tolaria.cli.runs import runs_app
 from tolaria.cli.skip import skip_app
 from tolaria.cli.state_commands import state_app
 from tolaria.cli.telemetry import telemetry_app
@@ -83,7 +85,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-config_app = typer.Typer(help="Check or show the settings.", no_args_is_help=True)
 
 
 def _print_version(requested: bool) -> None:
@@ -121,12 +122,15 @@ def serve(
 ) -> None:
     """Run the service: train, graft seeds, answer operators. SIGTERM or Ctrl-C drains and stops it."""
     named = [f"training.run_name={run_name}"] if run_name else []
-    settings = _settings(config_file, [*(overrides or []), *named, *map(_tag, tags or [])])
+    from tolaria.config import SettingsSources
+
+    sources = SettingsSources.of(config_file, [*(overrides or []), *named, *map(_tag, tags or [])])
+    settings = sources.read()
     if while_stdin:
         threading.Thread(target=_terminate_at_end_of_stdin, name="stdin", daemon=True).start()
     from tolaria.service import run  # after the settings: wrong ones are reported before this slow import
 
-    raise typer.Exit(run(settings))
+    raise typer.Exit(run(settings, sources.read))
 
 
 def _tag(text: str) -> str:
@@ -293,6 +297,7 @@ def verify(
     ] = None,
     config_file: ConfigFile = None,
     overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of what was read as JSON.")] = False,
 ) -> None:
     """Verify the digest of every committed checkpoint and the journal, without a service and without any change."""
     directory = state_dir or Path(_settings(config_file, overrides).state.dir)
@@ -305,14 +310,18 @@ def verify(
 
     if not (directory / JOURNAL).is_file():
         raise ConfigurationError([f"{origin}: {directory} holds no {JOURNAL}: no service has kept its state there"])
-    inspected = bad = 0
+    findings = []
     try:
         for finding in inspect_storage(directory):
+            findings.append(finding)
             detail = render.one_line(finding.detail, length_max=500)
-            typer.echo(f"{render.one_line(finding.name)}: {finding.condition}, {detail}")
-            inspected, bad = inspected + 1, bad + finding.bad
+            if not as_json:
+                typer.echo(f"{render.one_line(finding.name)}: {finding.condition}, {detail}")
     except OSError as error:
         raise CommandFailedError(f"{directory} cannot be read: {error.strerror or error}") from None
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) | {"bad": finding.bad} for finding in findings], indent=2))
+    inspected, bad = len(findings), sum(finding.bad for finding in findings)
     if bad:
         consequence = "the next start of the service sets them aside, and resumes from the newest intact checkpoint"
         raise CommandFailedError(f"{bad} of {inspected} are not what was written; {consequence}")
@@ -345,29 +354,6 @@ def doctor(
         raise CommandFailedError(f"in the way of a start: {', '.join(failed)}")
 
 
-@config_app.command()
-def check(*, config_file: ConfigFile = None, overrides: Overrides = None) -> None:
-    """Check the settings; report every problem, with exit code 2, and settings that are retired."""
-    from tolaria.config import exposure_warnings, require_extras, require_protection
-    from tolaria.trackers.tracker import check_trackers
-
-    settings = _settings(config_file, overrides)
-    require_protection(settings)
-    require_extras(settings)
-    check_trackers(settings.tracking)
-    for notice in [*settings.notices, *exposure_warnings(settings)]:
-        typer.echo(notice, err=True)
-    typer.echo("the configuration is valid")
-
-
-@config_app.command("show")
-def show_config(*, config_file: ConfigFile = None, overrides: Overrides = None) -> None:
-    """Print the settings as TOML with the meaning of each; secrets are masked."""
-    from tolaria.config import as_toml
-
-    typer.echo(as_toml(_settings(config_file, overrides)), nl=False)
-
-
 app.add_typer(admin_app)
 app.add_typer(export_app)
 app.add_typer(skip_app)
@@ -383,3 +369,4 @@ app.add_typer(certs_app, name="certs")
 app.add_typer(token_app, name="token")
 app.add_typer(state_app, name="state")
 app.add_typer(lane_app, name="lane")
+app.add_typer(runs_app, name="runs")

@@ -3,6 +3,8 @@
 # ruff: noqa: PLC0415 - as in `tolaria.cli.commands`: --help imports nothing slow
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -27,6 +29,7 @@ CaFolder = Annotated[
 ]
 TokenFile = Annotated[Path, typer.Option("--file", metavar="FILE", help="The file that server.tokens names.")]
 TokenName = Annotated[str, typer.Argument(metavar="NAME", help="Appears in log, journal and metrics.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Days = Annotated[int, typer.Option(min=1, max=_DAYS_MAX, help="Days until the certificate expires.")]
 
 certs_app = typer.Typer(help="Make a private CA and certificates for TLS.", no_args_is_help=True)
@@ -43,6 +46,7 @@ def init_certs(
     ] = None,
     days: Days = 365,
     ca_folder: CaFolder = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make what is missing of ca.pem, ca.key, server.pem and server.key.
 
@@ -58,13 +62,15 @@ def init_certs(
     wanted = [*(hosts or []), *issuing.LOCAL_HOSTS]
     path = folder / "server.pem"
     if issuing.lasts(path, wanted, now + timedelta(days=min(RENEW_DAYS, days - 1))):
-        typer.echo(f"{path} is there, and valid for {', '.join(wanted)}")
+        said = [f"{path} is there, and valid for {', '.join(wanted)}"]
+        _say(_made(folder, path, made=False), said, as_json=as_json)
         return
     issuer.issue(folder, "server", hosts=wanted, days=days, now=now)
-    typer.echo(
-        f"made {path} for {', '.join(wanted)}: set server.tls_cert={path} server.tls_key={folder / 'server.key'}"
-    )
-    typer.echo(f"clients verify it with TOLARIA_TLS_CA={folder / 'ca.pem'}")
+    said = [
+        f"made {path} for {', '.join(wanted)}: set server.tls_cert={path} server.tls_key={folder / 'server.key'}",
+        f"clients verify it with TOLARIA_TLS_CA={folder / 'ca.pem'}",
+    ]
+    _say(_made(folder, path), said, as_json=as_json)
 
 
 @certs_app.command("client")
@@ -74,6 +80,7 @@ def client_cert(
     folder: Folder,
     days: Days = 365,
     ca_folder: CaFolder = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make NAME.pem and NAME.key for a client of a service with server.tls_client_ca (mutual TLS)."""
     from tolaria.security.certificates import now_utc
@@ -84,8 +91,11 @@ def client_cert(
     now = now_utc()
     _make_folder(folder)
     path = _issuer(folder, ca_folder, now).issue(folder, name, hosts=(), days=days, now=now)
-    typer.echo(f"made {path}: clients set TOLARIA_TLS_CERT={path} TOLARIA_TLS_KEY={folder / name}.key")
-    typer.echo(f"the service requires such certificates with server.tls_client_ca={folder / 'ca.pem'}")
+    said = [
+        f"made {path}: clients set TOLARIA_TLS_CERT={path} TOLARIA_TLS_KEY={folder / name}.key",
+        f"the service requires such certificates with server.tls_client_ca={folder / 'ca.pem'}",
+    ]
+    _say(_made(folder, path), said, as_json=as_json)
 
 
 @token_app.command("new")
@@ -101,6 +111,7 @@ def new(
         Path | None, typer.Option(metavar="FILE", help="Write the token to this file instead of printing it.")
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Do nothing if there is a token of this name already.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a token and add its digest to the file; the token itself is shown once and stored nowhere else.
 
@@ -111,7 +122,8 @@ def new(
 
     if any(entry.name == name for entry in _entries(file)):
         if keep:
-            typer.echo(f"{file} has a token {name} already", err=True)
+            document = {"name": name, "file": str(file), "made": False}
+            _say(document, [f"{file} has a token {name} already"], as_json=as_json)
             return
         raise CredentialsError("--file", str(file), f"there is a token {name} already; revoke it first")
     text = tokens.new_token()
@@ -123,29 +135,35 @@ def new(
         issuing.write_private(out, f"{text}\n".encode())
     _make_folder(file.parent)
     issuing.write_private(file, f"{content.rstrip()}\n\n{table}".lstrip().encode())
+    document = {"name": name, "file": str(file), "made": True}
     if out is None:
-        typer.echo(text)
+        _say(document | {"token": text}, [text], as_json=as_json, data=True)
     else:
-        typer.echo(f"made {out}: clients set TOLARIA_TOKEN_FILE={out}", err=True)
+        said = [f"made {out}: clients set TOLARIA_TOKEN_FILE={out}"]
+        _say(document | {"token_file": str(out)}, said, as_json=as_json)
 
 
 @token_app.command("list")
-def list_tokens(*, file: TokenFile) -> None:
+def list_tokens(*, file: TokenFile, as_json: AsJson = False) -> None:
     """List names, roles and expiry."""
     from tolaria.security.certificates import now_utc
 
     if not file.exists():
         raise CredentialsError("--file", str(file), "there is no such file")
-    now = now_utc()
+    now, said, document = now_utc(), [], []
     for entry in _entries(file):
-        expiry = "does not expire"
+        expiry, expired = "does not expire", False
         if entry.expires is not None:
-            expiry = f"{'expired' if entry.expires <= now else 'expires'} {entry.expires:%Y-%m-%d %H:%M} UTC"
-        typer.echo(f"{entry.name:<20} {entry.role.name.lower():<9} {expiry}")
+            expired = entry.expires <= now
+            expiry = f"{'expired' if expired else 'expires'} {entry.expires:%Y-%m-%d %H:%M} UTC"
+        role, expires = entry.role.name.lower(), None if entry.expires is None else entry.expires.isoformat()
+        said.append(f"{entry.name:<20} {role:<9} {expiry}")
+        document.append({"name": entry.name, "role": role, "expires": expires, "expired": expired})
+    _say(document, said, as_json=as_json, data=True)
 
 
 @token_app.command("revoke")
-def revoke(name: TokenName, *, file: TokenFile) -> None:
+def revoke(name: TokenName, *, file: TokenFile, as_json: AsJson = False) -> None:
     """Remove a token from the file; a running service refuses it within seconds."""
     from tolaria.security import issuing, tokens
 
@@ -156,7 +174,18 @@ def revoke(name: TokenName, *, file: TokenFile) -> None:
     if not left:
         raise CredentialsError("--file", str(file), f"{name} is the only token; a service needs at least one")
     issuing.write_private(file, "\n".join(tokens.table_of(entry) for entry in left).encode())
-    typer.echo(f"revoked {name}")
+    _say({"name": name, "file": str(file), "revoked": True}, [f"revoked {name}"], as_json=as_json)
+
+
+def _made(folder: Path, path: Path, *, made: bool = True) -> dict[str, object]:
+    """Returns a certificate as a document."""
+    return {"made": made, "cert": str(path), "key": str(path.with_suffix(".key")), "ca": str(folder / "ca.pem")}
+
+
+def _say(document: object, lines: Sequence[str], *, as_json: bool, data: bool = False) -> None:
+    """Prints what a command has done: `data` and JSON on standard output, sentences for people on standard error."""
+    for line in [json.dumps(document, indent=2)] if as_json else lines:
+        typer.echo(line, err=not (as_json or data))
 
 
 def _entries(file: Path) -> tuple[Token, ...]:

@@ -27,9 +27,10 @@ from tolaria import cgroups
 from tolaria.checkpoint.directory import JOURNAL
 from tolaria.checkpoint.restoration import refuse_unfinished_restore
 from tolaria.cli.render import one_line, size
-from tolaria.config import Address, Settings
+from tolaria.config import Address, Settings, require_protection
 from tolaria.errors import (
     BindError,
+    ConfigurationError,
     JournalDamagedError,
     JournalNewerError,
     JournalUnavailableError,
@@ -38,6 +39,8 @@ from tolaria.errors import (
 from tolaria.journal.reader import schema_of
 from tolaria.journal.rows import SCHEMA_VERSION
 from tolaria.probe import probe
+from tolaria.security.certificates import now_utc
+from tolaria.service.credentials import credential_findings, names_credentials
 from tolaria.service.listeners import open_sockets
 
 _ADMIN: Final = admin.DESCRIPTOR.services_by_name["TolariaAdminService"].full_name
@@ -88,7 +91,7 @@ class Diagnosis:
 def examine(settings: Settings) -> Iterator[Diagnosis]:
     """Yields the diagnoses of all checks, in the order in which a service would meet the problems."""
     checks: tuple[Callable[[Settings], Iterator[Diagnosis]], ...] = (
-        *(_addresses, _state_directory, _shared_memory, _limits, _clock, _torch_and_job, _peers),
+        *(_addresses, _credentials, _state_directory, _shared_memory, _limits, _clock, _torch_and_job, _peers),
     )
     for check in checks:
         yield from check(settings)
@@ -108,6 +111,23 @@ def _addresses(settings: Settings) -> Iterator[Diagnosis]:
         open_to = "" if Address.parse(listen).is_loopback else ", and reachable from other machines"
         advice = "let only operators reach it: its clients can stop the run" if open_to and name[0] == "s" else ""
         yield Diagnosis(name, Verdict.WARNING if advice else Verdict.OK, f"{listen} is free{open_to}", advice)
+
+
+def _credentials(settings: Settings) -> Iterator[Diagnosis]:
+    try:
+        require_protection(settings)
+    except ConfigurationError as error:
+        detail, _, advice = str(error).partition(": ")
+        yield Diagnosis("protection", Verdict.FAILED, one_line(detail), one_line(advice, length_max=500))
+    if not names_credentials(settings):
+        return
+    found = list(credential_findings(settings, now_utc()))
+    for finding in found:
+        verdict = Verdict.FAILED if finding.fatal else Verdict.WARNING
+        advice = finding.advice or f"mend the file, or set {finding.setting.partition(':')[0]}"
+        yield Diagnosis(finding.setting, verdict, one_line(finding.detail), advice)
+    if not found:
+        yield Diagnosis("credentials", Verdict.OK, "certificates, keys, tokens and passwords can be used")
 
 
 def _state_directory(settings: Settings) -> Iterator[Diagnosis]:

@@ -100,7 +100,10 @@ def failures_in(raised: BaseException) -> list[TolariaError]:
 
 
 class EarlySignals:
-    """Handles SIGINT and SIGTERM by KeyboardInterrupt until the service installs its own handlers."""
+    """Handles SIGINT and SIGTERM by KeyboardInterrupt until the service installs its own handlers.
+
+    SIGHUP does nothing until then: the settings are just being read.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -113,6 +116,7 @@ class EarlySignals:
         """
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
+        signal.signal(signal.SIGHUP, lambda _number, _frame: None)  # a function: children do not inherit it
 
     @property
     def exit_code(self) -> int:

@@ -16,6 +16,7 @@ from leyline.v1.admin_service_pb2 import (
     ExportModelRequest,
 )
 from tolaria.cli.admin_commands import ConfigFile, Overrides, RequestId, Timeout
+from tolaria.cli.completion import complete_export
 from tolaria.cli.errors import CommandFailedError, ServiceUnreachableError
 from tolaria.errors import ConfigurationError
 
@@ -57,7 +58,13 @@ def export(
     *,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Directory to create; an existing one is refused.")],
     checkpoint: Annotated[
-        str, typer.Option("--checkpoint", metavar="ID|best|newest", help="Checkpoint whose model is exported.")
+        str,
+        typer.Option(
+            "--checkpoint",
+            metavar="ID|best|newest",
+            help="Checkpoint whose model is exported.",
+            autocompletion=complete_export,
+        ),
     ] = "newest",
     form: Annotated[
         ExportFormat,

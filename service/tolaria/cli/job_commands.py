@@ -50,6 +50,7 @@ def new_job(
     path: Annotated[Path, typer.Argument(metavar="FILE.py", help="File to create; an existing one is kept.")],
     *,
     kind: Annotated[JobKind, typer.Option(help="What it trains.")] = JobKind.IMAGE,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the file and the name of the job as JSON.")] = False,
 ) -> None:
     """Write a small commented job that runs as it is, and change it from there."""
     if path.suffix != ".py" or not path.stem.isidentifier():
@@ -62,6 +63,9 @@ def new_job(
         raise CommandFailedError(f"{path} exists already; it is kept as it is") from None
     except OSError as error:
         raise CommandFailedError(f"{path} cannot be written: {error.strerror or error}") from None
+    if as_json:
+        typer.echo(json.dumps({"path": str(path), "kind": kind.value, "job": f"{path.stem}:Job"}))
+        return
     typer.echo(_NEXT.format(path=path, what=_WHAT[kind], module=path.stem))
 
 

@@ -49,7 +49,11 @@ def join(
     wait_s: Annotated[
         float | None,
         typer.Option(
-            "--wait", metavar="SECONDS", min=0, help="Give up after so long without a service (default: never)."
+            "--wait",
+            metavar="SECONDS",
+            min=0,
+            help="Give up after so long without a service, or with a full group "
+            "(default: never, and 1.5 times lane.node_timeout_s).",
         ),
     ] = None,
     config_file: ConfigFile = None,
@@ -59,7 +63,7 @@ def join(
 
     Needs the same versions of Tolaria and torch as the service, a copy of the job's code, and the group's secret.
     Waits for the service, and joins again when the group or the service starts again. Exit codes: 0 the run is over;
-    1 it has failed, or the group is full; 2 refused for another secret, version or job; 3 no service within --wait.
+    1 it has failed, or the group stays full; 2 refused for another secret, version or job; 3 no service within --wait.
     """
     import anyio
 
@@ -83,7 +87,7 @@ def join(
             secret,
             processes or lane.processes,
             wait_s=math.inf if wait_s is None else wait_s,
-            full_s=_FULL_FACTOR * lane.node_timeout_s,
+            full_s=_FULL_FACTOR * lane.node_timeout_s if wait_s is None else wait_s,
             say=stdout.line,
             write=stderr.write,
         )

@@ -258,7 +258,7 @@ def _state(status: GetStatusResponse) -> str:
 def _progress(status: GetStatusResponse) -> str:
     left = f", about {duration(status.remaining_s)} left" if status.HasField("remaining_s") else ""
     of_epoch = f"step {status.epoch_step}/{status.steps_per_epoch} of it"
-    rate = f"{status.samples_per_s:.0f} samples/s{left}"
+    rate = f"{_rate(status.samples_per_s)} samples/s{left}"
     if status.steps:
         return f"{_step(status)} in all, epoch {status.epoch}, {of_epoch}, {rate}"
     return f"epoch {status.epoch}/{status.epochs}, {of_epoch}, {status.global_step} steps in all, {rate}"
@@ -267,6 +267,11 @@ def _progress(status: GetStatusResponse) -> str:
 def _step(status: GetStatusResponse) -> str:
     """Returns the step, and where the run is counted in steps, how many there are to be."""
     return f"step {status.global_step}/{status.steps}" if status.steps else f"step {status.global_step}"
+
+
+def _rate(per_s: float) -> str:
+    """Returns a rate without a fraction, or a small one with two significant digits."""
+    return f"{per_s:.0f}" if per_s >= 10 or not per_s else f"{per_s:.2g}"
 
 
 def _control_figures(status: GetStatusResponse) -> list[str]:

@@ -74,9 +74,29 @@ def telemetry(
             total = ", ".join(f"{count} {priority}" for priority, count in sorted(lost.items()))
             typer.echo(f"this reader is too slow and has lost packets: {total}", err=True)
 
+    for prefix in unknown_prefixes(names or ()):
+        typer.echo(f"no metric, event or span of this version begins with {prefix!r}: nothing may be shown", err=True)
     target = client.target(address, timeout_s, config_file, overrides, profile)
     asyncio.run(client.follow_telemetry(target, request, show))
     typer.echo(f"the service at {target.address} has ended", err=True)
+
+
+def unknown_prefixes(prefixes: Iterable[str]) -> list[str]:
+    """Returns the prefixes that no name of the catalogues begins with, dotted or with underscores."""
+    from tolaria.run.packet_telemetry import SPANS
+    from tolaria.telemetry.events import event_names
+    from tolaria.telemetry.metrics import Metrics
+
+    metrics, calls = Metrics(), ("tamiyo/", "kasmina/")  # of any method
+    families = list(metrics.registry.collect())
+    samples = [f"{spec.name}{ending}" for spec in metrics.catalogue for ending in ("", "_bucket", "_sum", "_count")]
+    known = [*samples, *(family.name for family in families), *event_names(), *SPANS, *calls]
+    known += [name.replace(".", "_") for name in known]
+    return [
+        prefix
+        for prefix in prefixes
+        if not prefix.startswith(calls) and not any(name.startswith(prefix) for name in known)
+    ]
 
 
 def lines(response: messages.StreamTelemetryResponse, *, each_metric: bool) -> Iterator[str]:

@@ -1,5 +1,8 @@
 """The settings, their sources and their rendering."""
 
+from tolaria.config.changes import Difference as Difference
+from tolaria.config.changes import differences as differences
+from tolaria.config.changes import with_live as with_live
 from tolaria.config.connections import Connection as Connection
 from tolaria.config.connections import connection as connection
 from tolaria.config.durability import CheckpointSettings as CheckpointSettings
@@ -13,6 +16,7 @@ from tolaria.config.exposure import require_protection as require_protection
 from tolaria.config.extras import require_extras as require_extras
 from tolaria.config.fields import Address as Address
 from tolaria.config.fields import as_toml as as_toml
+from tolaria.config.fields import is_live as is_live
 from tolaria.config.network import KasminaSettings as KasminaSettings
 from tolaria.config.network import LeylineSettings as LeylineSettings
 from tolaria.config.network import LoggingSettings as LoggingSettings
@@ -22,6 +26,7 @@ from tolaria.config.network import ServerSettings as ServerSettings
 from tolaria.config.network import ServiceSettings as ServiceSettings
 from tolaria.config.network import TamiyoSettings as TamiyoSettings
 from tolaria.config.settings import Settings as Settings
+from tolaria.config.sources import SettingsSources as SettingsSources
 from tolaria.config.sources import bare_environment as bare_environment
 from tolaria.config.sources import child_environment as child_environment
 from tolaria.config.sources import load_settings as load_settings

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tolaria.config.fields import FIGURE_NAME, PositiveShare, Seconds, SecondsOrZero, Section
+from tolaria.config.fields import FIGURE_NAME, LIVE, PositiveShare, Seconds, SecondsOrZero, Section
 
 
 class HealthSettings(Section):
@@ -100,10 +100,10 @@ class StateSettings(Section):
 class RollbackSettings(Section):
     """Rollback, on request and automatic."""
 
-    fast_budget_s: Seconds = 0.5
+    fast_budget_s: Annotated[Seconds, LIVE] = 0.5
     """Time from the step boundary until the state is restored from memory. 0.5: enough for the peers to take part."""
 
-    full_budget_s: Seconds = 12.0
+    full_budget_s: Annotated[Seconds, LIVE] = 12.0
     """Time from the step boundary until the state is restored from disk. 12: enough to read and verify gigabytes.
 
     Before it, saving the state that an operator's rollback leaves may take as long.
@@ -124,47 +124,47 @@ class RollbackSettings(Section):
     overhead_max: PositiveShare = 0.01
     """Share of the step time that snapshots may take. 0.01: one percent is not noticeable."""
 
-    automatic: bool = True
+    automatic: Annotated[bool, LIVE] = True
     """Roll back without a request after a failed step or epoch. On: unattended runs have to recover by themselves."""
 
-    accuracy_drop: PositiveShare = 0.2
+    accuracy_drop: Annotated[PositiveShare, LIVE] = 0.2
     """Drop in validation accuracy from the best epoch that counts as a collapse. 0.2: more than a new seed costs."""
 
-    automatic_max: int = Field(default=3, ge=1, le=1000)
+    automatic_max: Annotated[int, LIVE] = Field(default=3, ge=1, le=1000)
     """Automatic rollbacks within per_steps; one more halts the run. 3: a fourth would not help either."""
 
-    per_steps: int = Field(default=1000, ge=1)
+    per_steps: Annotated[int, LIVE] = Field(default=1000, ge=1)
     """Window of automatic_max, in optimizer updates. 1000: covers a fault that returns after each rollback."""
 
-    lr_cut: PositiveShare = 0.5
+    lr_cut: Annotated[PositiveShare, LIVE] = 0.5
     """Factor on the learning rates after an automatic rollback. 0.5: the old rate led to the explosion."""
 
-    lr_cut_steps: int = Field(default=100, ge=1)
+    lr_cut_steps: Annotated[int, LIVE] = Field(default=100, ge=1)
     """Optimizer updates for which lr_cut applies. 100: past the step at which training failed."""
 
-    progress_rollbacks_max: int = Field(default=5, ge=1, le=1000)
+    progress_rollbacks_max: Annotated[int, LIVE] = Field(default=5, ge=1, le=1000)
     """Rollbacks in a row without a new highest step that halt the run. 5: a run in a circle needs a person."""
 
 
 class CheckpointSettings(Section):
     """Checkpoints on disk, in state.dir."""
 
-    every_epochs: int = Field(default=1, ge=0)
+    every_epochs: Annotated[int, LIVE] = Field(default=1, ge=0)
     """Epochs between two checkpoints; 0: none at epoch boundaries. 1: a crash loses at most one epoch.
 
     If every_steps is 0 too, no checkpoints are written, not even at the end of the run or before a rollback.
     """
 
-    every_steps: int = Field(default=0, ge=0)
+    every_steps: Annotated[int, LIVE] = Field(default=0, ge=0)
     """Optimizer updates between two checkpoints, for long epochs. 0: at epoch boundaries only."""
 
-    keep_last: int = Field(default=3, ge=1, le=10_000)
+    keep_last: Annotated[int, LIVE] = Field(default=3, ge=1, le=10_000)
     """Newest checkpoints that are kept. 3: one remains if two are damaged."""
 
-    keep_superseded: int = Field(default=2, ge=0, le=1000)
+    keep_superseded: Annotated[int, LIVE] = Field(default=2, ge=0, le=1000)
     """Newest superseded checkpoints that are kept, so that a rollback can be undone. 2: the last ones before it."""
 
-    keep_superseded_s: SecondsOrZero = 86_400.0
+    keep_superseded_s: Annotated[SecondsOrZero, LIVE] = 86_400.0
     """Time for which superseded checkpoints are kept. 86400: a day, time to review a rollback."""
 
     best: str = Field(default="accuracy", pattern=rf"^(accuracy|loss|{FIGURE_NAME}:(min|max))$")
@@ -176,7 +176,7 @@ class CheckpointSettings(Section):
     loss is kept.
     """
 
-    on_failure: Literal["pause", "continue"] = "pause"
+    on_failure: Annotated[Literal["pause", "continue"], LIVE] = "pause"
     """When a checkpoint cannot be written: pause until it can, or train on. Both are reported by /readyz.
 
     pause: training that a crash would lose is wasted.
@@ -197,17 +197,17 @@ class CheckpointSettings(Section):
         """Whether the metric of `best` is one of training, not of evaluations."""
         return self.best.startswith("training/")
 
-    retry_s: Seconds = 15.0
+    retry_s: Annotated[Seconds, LIVE] = 15.0
     """Time from a failed write to the next attempt; a success resumes the run. 15: soon after space is available."""
 
 
 class ProfilerSettings(Section):
     """Traces of a few steps, for chrome://tracing or Perfetto, in state.dir/traces."""
 
-    active_steps: int = Field(default=5, ge=1, le=1000)
+    active_steps: Annotated[int, LIVE] = Field(default=5, ge=1, le=1000)
     """Optimizer updates in a trace whose request gives no number. 5: enough to see what repeats."""
 
-    every_steps: int = Field(default=0, ge=0)
+    every_steps: Annotated[int, LIVE] = Field(default=0, ge=0)
     """Optimizer updates between two automatic traces. 0: traces are taken on request only."""
 
     traces_mb: int = Field(default=256, ge=1, le=1_000_000)

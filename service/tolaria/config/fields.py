@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
@@ -133,16 +133,28 @@ PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Factor = Annotated[float, Field(gt=1, le=1e6, allow_inf_nan=False)]
 
 
+class Live:
+    """Marks a setting that `tolaria reload` changes in a running service; the others wait for a restart."""
+
+
+LIVE: Final = Live()
+
+
 class Section(BaseModel):
     """Base class of the sections: immutable, without unknown fields, documented by docstrings of fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+def is_live(section: type[BaseModel], field_name: str) -> bool:
+    """Whether a reload changes this field."""
+    return LIVE in section.model_fields[field_name].metadata
+
+
 def as_toml(settings: BaseModel) -> str:
     """Returns a model of sections as TOML that `--config` reads back, each field below its description.
 
-    A secret is shown only as set or not set.
+    A secret is shown only as set or not set. `(live)` follows the description of a field that a reload changes.
     """
     blocks = []
     for name, section in settings:
@@ -154,6 +166,8 @@ def as_toml(settings: BaseModel) -> str:
             description = type(section).model_fields[field_name].description or ""
             lines += [f"# {line}" for line in description.splitlines()]
             lines += _values_of(type(section).model_fields[field_name].annotation)
+            if is_live(type(section), field_name):
+                lines.append("# (live)")
             if isinstance(value, SecretStr) and value:
                 lines.append(f"# {field_name} is set, not shown")  # a placeholder would be read back as the secret
             else:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 
 from tolaria.config.fields import (
+    LIVE,
     ListenAddress,
     Milliseconds,
     PathText,
@@ -32,7 +33,7 @@ class ServiceSettings(Section):
     or stops the run.
     """
 
-    exit_code_drained: int = Field(default=0, ge=0, le=255)
+    exit_code_drained: Annotated[int, LIVE] = Field(default=0, ge=0, le=255)
     """Exit code when a signal ends the process, but not the run. 0: nothing has failed.
 
     A supervisor that takes 0 for the end of the run, as a Kubernetes Job does, needs another one, such as 143.
@@ -72,19 +73,19 @@ class ServerSettings(Section):
     """Listen on other addresses than loopback without TLS or without tokens. Off: who reaches the port could stop a
     run. On: a warning at every start."""
 
-    calls_per_second: float = Field(default=1000.0, ge=0, le=1e6, allow_inf_nan=False)
+    calls_per_second: Annotated[float, LIVE] = Field(default=1000.0, ge=0, le=1e6, allow_inf_nan=False)
     """Calls of one caller per second, with bursts of twice as many; more are refused. 0: no limit. 1000: more than
     scripts make that poll, of which several are one caller without tokens, and about a third of a core."""
 
-    bad_calls_per_second: float = Field(default=5.0, ge=0, le=1e6, allow_inf_nan=False)
+    bad_calls_per_second: Annotated[float, LIVE] = Field(default=5.0, ge=0, le=1e6, allow_inf_nan=False)
     """Calls of one caller per second that are its mistakes, such as a wrong token, and are answered at once, with
     bursts of four times as many; further ones are answered after a second. 0: no limit. 5: a person makes fewer."""
 
-    calls_in_flight_max: int = Field(default=32, ge=1, le=10_000)
+    calls_in_flight_max: Annotated[int, LIVE] = Field(default=32, ge=1, le=10_000)
     """Calls of one caller that are in flight at the same time, streams not counted. 32: a rollback takes seconds, and
     operators wait for one."""
 
-    streams_max: int = Field(default=16, ge=1, le=10_000)
+    streams_max: Annotated[int, LIVE] = Field(default=16, ge=1, le=10_000)
     """Streams of one caller at the same time. 16: a few dashboards with one token."""
 
     request_kb_max: int = Field(default=64, ge=1, le=4096)
@@ -105,7 +106,7 @@ class MetricsSettings(Section):
     """File with TLS and basic authentication, in the format of Prometheus's exporters (--web.config.file).
     Empty: neither. Read again when it, or a certificate that it names, changes."""
 
-    connections_max: int = Field(default=128, ge=1, le=10_000)
+    connections_max: Annotated[int, LIVE] = Field(default=128, ge=1, le=10_000)
     """Connections at the same time; further ones are closed. 128: far more than there are scrapers."""
 
     viewers_max: int = Field(default=64, ge=0, le=10_000)
@@ -116,7 +117,7 @@ class MetricsSettings(Section):
 class LoggingSettings(Section):
     """Logs, on standard error."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    level: Annotated[Literal["debug", "info", "warning", "error"], LIVE] = "info"
     """Lowest level written. info: one line for each epoch and each decision."""
 
     format: Literal["auto", "json", "console"] = "auto"
@@ -144,13 +145,13 @@ class PeerSettings(Section):
     tls_name: str = Field(default="", max_length=253)
     """Name that the peer's certificate must have. Empty: the host of target."""
 
-    timeout_s: Seconds = 2.0
+    timeout_s: Annotated[Seconds, LIVE] = 2.0
     """Deadline of a call, which also cancels it on the peer's side. 2.0: a later answer is stale."""
 
-    timeouts_s: dict[str, Seconds] = Field(default_factory=dict)
+    timeouts_s: Annotated[dict[str, Seconds], LIVE] = Field(default_factory=dict)
     """Shorter deadlines by method, such as { EvaluateStep = 0.5 }. Empty: timeout_s applies to all methods."""
 
-    retries: int = Field(default=1, ge=0, le=10)
+    retries: Annotated[int, LIVE] = Field(default=1, ge=0, le=10)
     """Retries of an idempotent call within its deadline while the peer is unavailable, after 20 ms, 40 ms and so on.
     1: a lost connection is back by then; the circuit breaker handles a peer that is down."""
 
@@ -197,13 +198,13 @@ class KasminaSettings(PeerSettings):
 class LeylineSettings(Section):
     """Authentication of commands."""
 
-    secret: Secret = SecretStr("")
+    secret: Annotated[Secret, LIVE] = SecretStr("")
     """HMAC-SHA256 key that commands must be signed with. Empty: signatures are not required."""
 
-    previous_secret: Secret = SecretStr("")
+    previous_secret: Annotated[Secret, LIVE] = SecretStr("")
     """Second accepted key, for key rotation without an outage. Empty: none."""
 
-    freshness_s: Seconds = 60.0
+    freshness_s: Annotated[Seconds, LIVE] = 60.0
     """Maximum difference of a command's time from this clock, either way. 60: clocks may differ by seconds."""
 
     nonce_window_s: Seconds = 300.0

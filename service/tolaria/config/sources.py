@@ -75,6 +75,25 @@ def load_settings(config_file: Path | None = None, overrides: list[str] | None =
     return settings
 
 
+@dataclass(frozen=True, slots=True)
+class SettingsSources:
+    """The sources of a service's settings, which can be read again. `config_file` is absolute, or None: the default."""
+
+    config_file: Path | None
+    overrides: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config_file: Path | None, overrides: list[str]) -> SettingsSources:
+        """Returns those that `load_settings` reads now. A default file that exists has to exist later, too."""
+        if config_file is None and DEFAULT_FILE.is_file():
+            config_file = DEFAULT_FILE
+        return cls(config_file and config_file.absolute(), tuple(overrides))
+
+    def read(self) -> Settings:
+        """Returns what they say now. Raises ConfigurationError."""
+        return load_settings(self.config_file, list(self.overrides))
+
+
 def quieten_grpc() -> None:
     """Stops gRPC's C core from writing to standard error, where logs are written. Call this before importing grpc."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -105,7 +124,7 @@ def _read_file(config_file: Path | None) -> _Source:
         return _Source(str(DEFAULT_FILE))
     path = config_file or DEFAULT_FILE
     if not path.is_file():
-        raise ConfigurationError([f"--config: no file {path}"])
+        raise ConfigurationError([f"--config: there is no file {path}"])
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
         return _Source(str(path), values, values.pop(PRESET, None))

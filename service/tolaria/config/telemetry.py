@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from tolaria.config.fields import Section
+from tolaria.config.fields import LIVE, Section
 
 _GRPC_PORT = 4317
 
@@ -18,7 +18,7 @@ _GRPC_PORT = 4317
 class TelemetrySettings(Section):
     """The stream of telemetry packets, and traces."""
 
-    queue_packets: int = Field(default=256, ge=16, le=100_000)
+    queue_packets: Annotated[int, LIVE] = Field(default=256, ge=16, le=100_000)
     """Packets that wait for one subscriber; beyond it the oldest are lost, NORMAL ones first. 256: minutes of events.
 
     CRITICAL packets have a queue to themselves.
@@ -27,7 +27,7 @@ class TelemetrySettings(Section):
     critical_kept: int = Field(default=64, ge=0, le=1024)
     """Latest CRITICAL packets that a new subscriber gets first. 64: a night's emergencies."""
 
-    subscribers_max: int = Field(default=32, ge=1, le=10_000)
+    subscribers_max: Annotated[int, LIVE] = Field(default=32, ge=1, le=10_000)
     """Subscribers at the same time; a further one is refused. 32: each may hold a queue of packets in memory."""
 
     latency_factor: float = Field(default=3.0, gt=1.0, le=1000.0)

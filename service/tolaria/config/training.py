@@ -7,6 +7,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, JsonValue
 
 from tolaria.config.fields import (
+    LIVE,
     METRIC_NAME,
     Milliseconds,
     NodeRange,
@@ -26,22 +27,22 @@ class ControlSettings(Section):
     enabled: bool = True
     """Ask a controller, and graft the seeds that it grows. Off: no peer is started or called, and no boundary waits."""
 
-    boundary_budget_ms: Milliseconds = 18.0
+    boundary_budget_ms: Annotated[Milliseconds, LIVE] = 18.0
     """Time that an epoch boundary may delay training. 18: state 3.5, Tamiyo 12, command 1.5, reserve 1."""
 
-    tamiyo_budget_ms: Milliseconds = 12.0
+    tamiyo_budget_ms: Annotated[Milliseconds, LIVE] = 12.0
     """Tamiyo's share of the boundary. 12: what the state and the command leave. A later answer is applied later."""
 
-    hook_budget_ms: Milliseconds = 3.5
+    hook_budget_ms: Annotated[Milliseconds, LIVE] = 3.5
     """Time to build and send a request between epochs. 3.5: the same as the state's share of a boundary."""
 
     max_staleness_steps: int = Field(default=1000, ge=0)
     """Steps after which a late answer is dropped. 1000: a second of small steps, minutes of large ones."""
 
-    step_interval: int = Field(default=0, ge=0)
+    step_interval: Annotated[int, LIVE] = Field(default=0, ge=0)
     """Optimizer updates between requests to the controller, one at a time, newest state first. 0: at epochs only."""
 
-    boundary_slack_ms: Milliseconds = 4.0
+    boundary_slack_ms: Annotated[Milliseconds, LIVE] = 4.0
     """Delay of an epoch boundary beyond its budget that is no breach. 4: a busy machine wakes timers late."""
 
     lr_factor_min: PositiveShare = 0.01
@@ -208,10 +209,10 @@ class LaneSettings(Section):
     of its gradient and of its optimizer state, by PyTorch's fully_shard, for models that do not fit one device.
     """
 
-    restarts_max: int = Field(default=10, ge=0, le=1000)
+    restarts_max: Annotated[int, LIVE] = Field(default=10, ge=0, le=1000)
     """Times within lane.restarts_within_s that a lane which died is started again; then the run fails."""
 
-    restarts_within_s: Seconds = 3600.0
+    restarts_within_s: Annotated[Seconds, LIVE] = 3600.0
     """Time over which deaths are counted. 3600: ten deaths in an hour are no accident."""
 
     restart_pause_s: Seconds = 0.1
@@ -352,14 +353,14 @@ class GradientsSettings(Section):
     layer_norms_top_k: int = Field(default=0, ge=0, le=1000)
     """Layers with the largest gradient norms exported per seed. 0: none, as each is a time series in Prometheus."""
 
-    compact: bool = False
+    compact: Annotated[bool, LIVE] = False
     """One seed_health event per seed and epoch instead of one per exceeded threshold. Off: thresholds are visible."""
 
-    share_jump: Share = 0.3
+    share_jump: Annotated[Share, LIVE] = 0.3
     """Smallest reported change of a seed's gradient share between epochs. 0.3: more than shares usually vary."""
 
-    seed_conflict: Share = 0.5
+    seed_conflict: Annotated[Share, LIVE] = 0.5
     """Share of the other sources in conflict with a seed from which it is reported. 0.5: it opposes most of them."""
 
-    conflict: Annotated[float, Field(ge=0)] = 0.75
+    conflict: Annotated[Annotated[float, Field(ge=0)], LIVE] = 0.75
     """Smallest reported conflict rate over all sources. 0.75: the sources mostly oppose each other."""

@@ -25,7 +25,7 @@ TolariaError
 ├── ExportError: ExportRefusedError, ExportFailedError, ExportDamagedError, ExportMismatchError
 ├── BranchRefusedError        a branch of a run cannot be made in this directory
 └── RequestError: InvalidFieldError, NotAuthenticatedError, NotPermittedError, TooManyCallsError, ProfileFailedError,
-    │             TooManySubscribersError, SubscriberTooSlowError
+    │             ServiceDrainingError, TooManySubscribersError, SubscriberTooSlowError
     └── WrongStateError: StillUnderwayError
 """
 
@@ -79,6 +79,7 @@ from tolaria.errors.operation import RequestError as RequestError
 from tolaria.errors.operation import RestoreAbandonedError as RestoreAbandonedError
 from tolaria.errors.operation import RestoreUnprovenError as RestoreUnprovenError
 from tolaria.errors.operation import RollbackError as RollbackError
+from tolaria.errors.operation import ServiceDrainingError as ServiceDrainingError
 from tolaria.errors.operation import SignalError as SignalError
 from tolaria.errors.operation import SignalValueError as SignalValueError
 from tolaria.errors.operation import StateMismatchError as StateMismatchError

@@ -260,6 +260,10 @@ class WrongStateError(RequestError):
     """The run's state does not allow the request."""
 
 
+class ServiceDrainingError(RequestError):
+    """The service is about to end and takes no further operation; one that is started again does."""
+
+
 class StillUnderwayError(WrongStateError):
     """The operation takes longer than one call may wait; it continues, and a repeated request waits for it."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -53,6 +53,7 @@ class Peers:
     kasmina: KasminaClient
     tamiyo_rollback: RollbackClient
     kasmina_rollback: RollbackClient
+    callers: Mapping[Peer, DeadlineCaller] = field(default_factory=dict)
 
 
 @asynccontextmanager
@@ -88,6 +89,7 @@ async def connected_peers(
             kasmina=KasminaClient(kasmina_channel, kasmina_caller),
             tamiyo_rollback=RollbackClient(tamiyo_channel, tamiyo_caller),
             kasmina_rollback=RollbackClient(kasmina_channel, kasmina_caller),
+            callers={"tamiyo": tamiyo_caller, "kasmina": kasmina_caller},
         )
 
 

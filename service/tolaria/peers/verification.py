@@ -79,10 +79,14 @@ class CommandVerifier:
     """Verifies commands and remembers their ids. Without a secret in the settings signatures are not required."""
 
     def __init__(self, settings: LeylineSettings) -> None:
+        self._nonces = NonceTable(window_s=settings.nonce_window_s)
+        self.adopt(settings)
+
+    def adopt(self, settings: LeylineSettings) -> None:
+        """Verifies by these secrets, and this freshness, from now on."""
         secrets = (settings.secret, settings.previous_secret)
         self._secrets = tuple(secret.get_secret_value().encode() for secret in secrets if secret)
         self._freshness_s = settings.freshness_s
-        self._nonces = NonceTable(window_s=settings.nonce_window_s)
 
     def verify(self, command: AdaptationCommand, *, wall_s: float, now_s: float) -> None:
         """Checks one command. `wall_s` is Unix time; `now_s` is a monotonic clock for the window of command ids.

@@ -148,7 +148,7 @@ class DeadlineCaller:
         self.peer = peer
         self._breaker = breaker
         self._observe = observe
-        self._settings = settings
+        self.settings = settings
         self._gate = CallGate(peer, in_flight_max=settings.in_flight_max, waiting_max=settings.waiting_max)
         self._clock = clock
 
@@ -177,8 +177,8 @@ class DeadlineCaller:
             PeerProtocolError: the response cannot be decoded.
             PeerUnavailableError: the call ended with another status than OK.
         """
-        timeout_s = self._settings.timeout_of(name) if timeout_s is None else timeout_s
-        retries_max = self._settings.retries if repeatable else 0
+        timeout_s = self.settings.timeout_of(name) if timeout_s is None else timeout_s
+        retries_max = self.settings.retries if repeatable else 0
         parent = current_span()
         span = None if parent is None else parent.child()
         call = _Call(method, request, name, timeout_s, self._clock(), retries_max, span)

@@ -257,6 +257,9 @@ class Rollback:
     """Step of the state that is left; -1 before the step boundary."""
     left_checkpoint_id: str = field(default="", init=False)
     """The checkpoint of that state; empty if it has none."""
+    left_kept_until_ns: int = field(default=0, init=False)
+    """Unix time until which that checkpoint, superseded, is kept, unless `superseded_kept` others follow it."""
+    superseded_kept: int = field(default=0, init=False)
     left_not_kept: str = field(default="", init=False)
     """Why that state has no checkpoint."""
     made_checkpoint_id: str = field(default="", init=False)
@@ -346,6 +349,7 @@ class Rollback:
         rollback.lr_cut, rollback.global_step = self.lr_cut, self.global_step
         rollback.preferred_before, rollback.made_checkpoint_id = self.preferred_before, self.made_checkpoint_id
         rollback.left_step, rollback.left_checkpoint_id = self.left_step, self.left_checkpoint_id
+        rollback.left_kept_until_ns, rollback.superseded_kept = self.left_kept_until_ns, self.superseded_kept
         rollback.left_not_kept, rollback.kept_ms, rollback.trend = self.left_not_kept, self.kept_ms, self.trend
         return rollback
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import anyio
 import grpc.aio
+from google.protobuf.message import Message
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceServicer
@@ -17,9 +21,10 @@ from tolaria import errors
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.rollback.protocol import Rollback, rollback_id_of
 from tolaria.rpc.audit import AuditTrail
+from tolaria.rpc.callers import Caller, present_caller
 from tolaria.rpc.data_skips import skip_data, skip_message
 from tolaria.rpc.exports import Exports, export_answer
-from tolaria.rpc.listing import limited, list_admin_calls, list_incidents, list_restore_points
+from tolaria.rpc.listing import limited, list_admin_calls, list_incidents, list_restore_points, timestamp
 from tolaria.rpc.requests import Answer, MutatingRequest, RequestLedger
 from tolaria.rpc.status import abort
 from tolaria.rpc.telemetry import filter_of, responses
@@ -27,6 +32,7 @@ from tolaria.run.restore_points import RestorePoints
 from tolaria.run.run import TrainingRun
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus
+from tolaria.security.tokens import Role
 from tolaria.telemetry.subscriptions import TelemetryStream
 from tolaria.values.optimization import OPERATOR, Adjustment
 from tolaria.values.spans import remote_parent, within
@@ -37,13 +43,17 @@ _Read = TypeVar("_Read")
 # Longest waits in seconds; what takes longer still takes effect.
 EFFECT_S, ROLLBACK_S, CHECKPOINT_S, PROFILE_S, EXPORT_S, READ_S = 60.0, 60.0, 300.0, 600.0, 1800.0, 10.0
 
+_WHILE_DRAINING: Final = frozenset({"RaiseEmergency"})
+_LATE_RELOAD: Final = "the settings were not read"
+
 
 @dataclass(frozen=True, slots=True)
 class AdminParts:
     """What the servicer passes requests to.
 
     `complete` adds the service's own fields to a status; `closing` is set when the service is about to end, so that
-    streams end too; `interval_s` is the interval of WatchStatus without changes. Exports go below `state_dir`.
+    streams end too; `interval_s` is the interval of WatchStatus without changes. Exports go below `state_dir`. `reload`
+    reads the settings again, for an origin that it reports.
     """
 
     run: TrainingRun
@@ -58,6 +68,7 @@ class AdminParts:
     interval_s: float
     state_dir: Path
     telemetry: TelemetryStream
+    reload: Callable[[str], Awaitable[admin.ReloadConfigResponse]]
 
 
 class AdminService(TolariaAdminServiceServicer):
@@ -208,6 +219,8 @@ class AdminService(TolariaAdminServiceServicer):
                 left_checkpoint_id=done.left_checkpoint_id,
                 left_not_kept=done.left_not_kept,
                 kept_ms=done.kept_ms,
+                left_kept_until=timestamp(done.left_kept_until_ns) if done.left_checkpoint_id else None,
+                superseded_kept=done.superseded_kept,
             )
 
         return await self._once(request, context, operation, timeout_s=ROLLBACK_S, late="the rollback was not over")
@@ -282,6 +295,36 @@ class AdminService(TolariaAdminServiceServicer):
         except errors.TolariaError as error:
             await abort(context, error)
 
+    # -- the service -------------------------------------------------------------------------------------------------
+
+    async def ReloadConfig(self, request: admin.ReloadConfigRequest, context: Context) -> admin.ReloadConfigResponse:
+        """Reads the settings again; what cannot change in a running service waits for its restart."""
+        return await self._once(request, context, partial(self._reload, present_caller()), late=_LATE_RELOAD)
+
+    async def reload_on_signal(self, name: str) -> None:
+        """Reads the settings again for the signal `name`, recorded like a call."""
+        request = admin.ReloadConfigRequest(request_id=f"{name}-{uuid.uuid4()}", reason=name)
+        caller = Caller(name, Role.ADMIN)
+        with suppress(errors.TolariaError), self._parts.audit.recorded("ReloadConfig", request, caller=caller):
+            operation = partial(self._reload, caller)
+            await self._parts.ledger.once("ReloadConfig", request, operation, timeout_s=EFFECT_S, late=_LATE_RELOAD)
+
+    async def _reload(self, caller: Caller) -> admin.ReloadConfigResponse:
+        answer = await self._parts.reload(caller.name)
+        answer.global_step = self._status.global_step
+        return answer
+
+    async def Shutdown(self, request: admin.ShutdownRequest, context: Context) -> admin.ShutdownResponse:
+        """Drains the service as SIGTERM does; the answer comes before the last checkpoint."""
+
+        async def operation() -> admin.ShutdownResponse:
+            self._status.draining = f"{request.reason} (Shutdown by {caller.name})"
+            self._status.feed.changed()
+            return admin.ShutdownResponse(global_step=self._status.global_step, state=admin.RUN_STATE_DRAINING)
+
+        caller = present_caller()
+        return await self._once(request, context, operation)
+
     # -- safety ------------------------------------------------------------------------------------------------------
 
     async def RaiseEmergency(
@@ -342,18 +385,33 @@ class AdminService(TolariaAdminServiceServicer):
     ) -> Answer:
         method, ledger = request.DESCRIPTOR.name.removesuffix("Request"), self._parts.ledger
         try:
+            self._require_serving(method, request)
             with (
                 within(remote_parent(context.invocation_metadata() or ())),
-                self._parts.audit.recorded(method, request, repeat=ledger.knows(method, request)),
+                self._parts.audit.recorded(method, request, repeat=ledger.knows(method, request)) as took_effect,
             ):
-                return await ledger.once(method, request, operation, timeout_s=timeout_s, late=late)
+                answer = await ledger.once(method, request, operation, timeout_s=timeout_s, late=late)
+                took_effect(_step_of(answer))
+                return answer
         except errors.TolariaError as error:
             await abort(context, error)
+
+    def _require_serving(self, method: str, request: MutatingRequest) -> None:
+        """Raises ServiceDrainingError for a new operation while the service is stopping; a halt gets through."""
+        if self._status.draining and method not in _WHILE_DRAINING and not self._parts.ledger.knows(method, request):
+            raise errors.ServiceDrainingError(
+                f"the service is stopping: {self._status.draining}; it takes no further operation"
+            )
 
     def _message(self) -> admin.GetStatusResponse:
         message = self._run.status()
         self._parts.complete(message)
         return message
+
+
+def _step_of(answer: Message) -> int:
+    """Returns the step at which a request took effect, as its answer says."""
+    return int(getattr(answer, "global_step"))  # noqa: B009 - the answers have no common base class with it
 
 
 def _rollback_of(request: admin.TriggerRollbackRequest) -> Rollback:

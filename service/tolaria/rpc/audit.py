@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
@@ -48,18 +48,22 @@ class AuditTrail:
         self._repeats: set[tuple[str, str]] = set()
 
     @contextmanager
-    def recorded(self, method: str, request: MutatingRequest, *, repeat: bool = False) -> Iterator[None]:
+    def recorded(
+        self, method: str, request: MutatingRequest, *, repeat: bool = False, caller: Caller | None = None
+    ) -> Iterator[Callable[[int], None]]:
         """Records the call that the block handles; its outcome is the error that the block raises, or OK.
 
-        Of a caller's `repeat` of a request, which does nothing, the journal gets the first one, and the log all.
+        The block is given a function for the step at which the call took effect, if it did at another one than the
+        present. `caller` makes it; None: the caller of the call that is being handled. Of a caller's `repeat` of a
+        request, which does nothing, the journal gets the first one, and the log all.
         """
-        row = self._row(method, present_caller(), request.request_id, request.reason)
+        row = self._row(method, caller or present_caller(), request.request_id, request.reason)
         in_journal = not (repeat and self._repeated_before(row))
         if in_journal:
             self._journal.note(row)
-        outcome, detail = "OK", ""
+        outcome, detail, steps = "OK", "", list[int]()
         try:
-            yield
+            yield steps.append
         except TolariaError as error:
             outcome, detail = code_pb2.Code.Name(status_of(error).code), str(error)
             raise
@@ -70,7 +74,8 @@ class AuditTrail:
             outcome = "UNKNOWN"
             raise
         finally:
-            self._end(row, outcome, detail, in_journal=in_journal)
+            at_step = steps[-1] if steps else self._status.global_step
+            self._end(replace(row, global_step=at_step), outcome, detail, in_journal=in_journal)
 
     def denied(self, method: str, caller: Caller, error: TolariaError) -> None:
         """Records a call to a method that the role of the caller does not allow, now and then."""
@@ -108,7 +113,7 @@ class AuditTrail:
         return False
 
     def _end(self, row: AdminCallRow, outcome: str, detail: str, *, in_journal: bool = True) -> None:
-        ended = replace(row, global_step=self._status.global_step, outcome=outcome, detail=detail[:DETAIL_MAX])
+        ended = replace(row, outcome=outcome, detail=detail[:DETAIL_MAX])
         if in_journal:
             self._journal.note(ended)
         self._log.info(

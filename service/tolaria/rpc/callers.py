@@ -46,7 +46,7 @@ ROLES: Final[dict[str, Role]] = {
             *(f"{_ADMIN}{name}" for name in ("PauseTraining", "ResumeTraining", "TriggerRollback", "CreateCheckpoint")),
             *(f"{_ADMIN}{name}" for name in ("RaiseEmergency", "ClearEmergency", "SetConservativeMode")),
             *(f"{_ADMIN}{name}" for name in ("AdjustLearningRate", "CaptureProfile", "ListAdminCalls", "ExportModel")),
-            f"{_ADMIN}SkipData",
+            *(f"{_ADMIN}{name}" for name in ("SkipData", "ReloadConfig", "Shutdown")),
         ),
         Role.OPERATOR,
     ),

@@ -30,7 +30,7 @@ def list_admin_calls(rows: Iterable[AdminCallRow]) -> admin.ListAdminCallsRespon
         calls=[
             admin.AdminCall(
                 call_id=row.call_id,
-                called_at=_timestamp(row.at_ns),
+                called_at=timestamp(row.at_ns),
                 method=row.method,
                 request_id=row.request_id,
                 caller=row.caller,
@@ -54,7 +54,7 @@ def list_incidents(incidents: Iterable[Incident]) -> admin.ListIncidentsResponse
             admin.Incident(
                 incident_id=incident.incident_id,
                 kind=incident.kind,
-                occurred_at=_timestamp(incident.at_ns),
+                occurred_at=timestamp(incident.at_ns),
                 global_step=max(0, incident.global_step),  # -1 for faults that belong to no step
                 reason=incident.reason,
                 details=incident.details,
@@ -74,7 +74,7 @@ def list_restore_points(points: Iterable[RestorePoint]) -> admin.ListRestorePoin
                 epoch=point.epoch,
                 size_bytes=point.size_bytes,
                 digest=point.digest,
-                created_at=_timestamp(point.at_ns),
+                created_at=timestamp(point.at_ns),
                 checkpoint_id="" if point.checkpoint is None else point.checkpoint.checkpoint_id,
                 stable=point.proven,
                 suspect=point.suspect,
@@ -87,7 +87,8 @@ def list_restore_points(points: Iterable[RestorePoint]) -> admin.ListRestorePoin
     )
 
 
-def _timestamp(at_ns: int) -> Timestamp:
+def timestamp(at_ns: int) -> Timestamp:
+    """Returns a Unix time in nanoseconds as a message."""
     timestamp = Timestamp()
     timestamp.FromNanoseconds(at_ns)
     return timestamp

@@ -19,6 +19,7 @@ STATUSES: Final[tuple[tuple[type[TolariaError], int, str], ...]] = (
     (errors.NotAuthenticatedError, code_pb2.UNAUTHENTICATED, "NOT_AUTHENTICATED"),
     (errors.NotPermittedError, code_pb2.PERMISSION_DENIED, "NOT_PERMITTED"),
     (errors.TooManyCallsError, code_pb2.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS"),
+    (errors.ServiceDrainingError, code_pb2.UNAVAILABLE, "DRAINING"),
     (errors.WrongStateError, code_pb2.FAILED_PRECONDITION, "WRONG_STATE"),
     (errors.UnknownLevelError, code_pb2.INVALID_ARGUMENT, "UNKNOWN_LEVEL"),
     (errors.IllegalEmergencyEventError, code_pb2.FAILED_PRECONDITION, "NO_SUCH_EMERGENCY"),

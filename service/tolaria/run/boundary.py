@@ -95,7 +95,7 @@ class StepQuestions:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._consultations = consultations
-        self._control = control
+        self.control = control
         self._status = status
         self._health = health
         self._observers = observers
@@ -104,13 +104,13 @@ class StepQuestions:
 
     def step(self, step: StepDone) -> None:
         """Asks if a question is due after this step."""
-        interval = self._control.step_interval
+        interval = self.control.step_interval
         if self._consultations is None or not interval or step.skipped or step.global_step % interval:
             return
         started_s = self._clock()
         packet = step_packet(self._status, self._health.averages, step, wall_ns=time.time_ns())
         self._consultations.ask_between_epochs(packet)
-        latency_ms, budget_ms = (self._clock() - started_s) * 1000, self._control.hook_budget_ms
+        latency_ms, budget_ms = (self._clock() - started_s) * 1000, self.control.hook_budget_ms
         breach = latency_ms > budget_ms
         self._observers.on_step_question(step.global_step, latency_ms, budget_ms=budget_ms, breach=breach)
         if breach:

@@ -6,7 +6,7 @@ Storage failures do not end any task: they are reported and counted, and the che
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -74,7 +74,7 @@ class Checkpointing:
         points: RestorePoints,
     ) -> None:
         self._log = structlog.get_logger(__name__)
-        self._settings = settings
+        self.settings = settings
         self._lane = lane
         self._writer = writer
         self._lifecycle = lifecycle
@@ -101,14 +101,14 @@ class Checkpointing:
         self.logged: Mapping[str, float] = {}
         """What the job has logged last, by name: the best checkpoint may be that with the best of it."""
         self._held_reason = ""
-        self._retrying = self._stalled = False
+        self._retrying = self._stalled = self._best_is_missing = False
         self.failing = ""
         """Why the checkpoint that is due has not been made; empty if none has failed."""
 
     @property
     def enabled(self) -> bool:
         """Whether the settings require checkpoints at all."""
-        return bool(self._settings.every_epochs or self._settings.every_steps)
+        return bool(self.settings.every_epochs or self.settings.every_steps)
 
     # -- events, in the lane's order ---------------------------------------------------------------------------------
 
@@ -118,14 +118,14 @@ class Checkpointing:
         self._due_from_step = min(self._due_from_step, global_step)
         if self._epoch is not None and global_step < self._epoch.global_step:
             self._epoch = None  # its state has been undone
-        if due_by_steps(self._settings.every_steps, global_step, self._due_from_step):
+        if due_by_steps(self.settings.every_steps, global_step, self._due_from_step):
             self._make_due(global_step)
 
     def on_epoch(self, epoch: EpochDone) -> None:
         """Handles an epoch that has been validated and found healthy."""
         self._step, self._epoch = epoch.global_step, epoch
         self._evaluated_step = epoch.global_step
-        self._epoch_due = due_by_epochs(self._settings.every_epochs, epoch.epoch)
+        self._epoch_due = due_by_epochs(self.settings.every_epochs, epoch.epoch)
         if self._epoch_due:
             self._make_due(epoch.global_step)
 
@@ -180,7 +180,7 @@ class Checkpointing:
         """Makes the checkpoints that are due and retries after failures, until the lane has ended."""
         while True:
             if self._retrying:
-                await sleep(self._settings.retry_s)
+                await sleep(self.settings.retry_s)
             else:
                 await self._wake.wait()
             self._wake = anyio.Event()
@@ -214,7 +214,7 @@ class Checkpointing:
         """
         if not self.enabled:
             raise WrongStateError("checkpoints are off (checkpoint.every_epochs and checkpoint.every_steps are 0)")
-        if not (self._settings.keep_superseded and self._settings.keep_superseded_s):
+        if not (self.settings.keep_superseded and self.settings.keep_superseded_s):
             raise WrongStateError("checkpoint.keep_superseded or checkpoint.keep_superseded_s is 0")
         if self._stalled:
             raise WrongStateError(self.failing)
@@ -319,7 +319,13 @@ class Checkpointing:
             self._evaluated_step = self._step
         if self._evaluated_step != self._step:
             return None
-        return best_metric(self._settings, self._epoch, self.logged)
+        return best_metric(self.settings, self._epoch, self.logged, self._best_missing)
+
+    def _best_missing(self, known: list[str]) -> None:
+        """Says once for a run that the job does not have the metric of `checkpoint.best`."""
+        if not self._best_is_missing:
+            self._best_is_missing = True
+            self._log.warning("best_metric_missing", best=self.settings.best, known=known)
 
     def _evaluated(self) -> dict[str, Any]:
         """Returns the metrics of the newest evaluation of this branch, and its step, for the manifest."""
@@ -349,7 +355,7 @@ class Checkpointing:
         self._observers.on_checkpoint_failed(self._step, stage, reason)
         self._retrying = True
         self._wake.set()
-        if self._settings.on_failure == "pause":
+        if self.settings.on_failure == "pause":
             reason = f"no checkpoint can be written: {error}"
             if self._lifecycle.hold_if_training(reason):
                 self._held_reason = reason
@@ -363,10 +369,16 @@ class Checkpointing:
             self._lifecycle.changed()
 
 
-def best_metric(settings: CheckpointSettings, epoch: EpochDone, logged: Mapping[str, float]) -> float | None:
+def best_metric(
+    settings: CheckpointSettings,
+    epoch: EpochDone,
+    logged: Mapping[str, float],
+    missing: Callable[[list[str]], object] = lambda _known: None,
+) -> float | None:
     """Returns the metric of an epoch by which the best checkpoint is chosen; None if it has none that is a number.
 
-    `logged` is what the job has logged last, by name.
+    `logged` is what the job has logged last, by name. If nothing has the metric's name, `missing` is called with the
+    names that there are.
     """
     evaluation = epoch.evaluation
     figures = evaluation.figures()
@@ -378,7 +390,7 @@ def best_metric(settings: CheckpointSettings, epoch: EpochDone, logged: Mapping[
     elif settings.best == "accuracy" and "accuracy" not in figures:
         return -evaluation.loss
     if settings.best_name not in figures:
-        _log.warning("best_metric_missing", best=settings.best, known=sorted(figures))
+        missing(sorted(figures))
     metric = figures.get(settings.best_name)
     return None if metric is None or not isfinite(metric) else metric
 

@@ -20,6 +20,8 @@ from tolaria.run.health_record import (
     COLLAPSED,
     EVALUATIONS,
     HELD_STEPS,
+    NEAR_STEPS,
+    REGIMES_MAX,
     WATCH_STEPS,
     AutomaticRollback,
     Record,
@@ -32,12 +34,6 @@ from tolaria.run.health_record import (
 from tolaria.run.verdicts import Halt, Proceed, RateCut, Retreat, Verdict
 from tolaria.values.evaluation import Evaluation
 from tolaria.values.loss_window import Averages, Explosion, LossWindow, rise_begins
-
-REGIMES_MAX: Final = 2
-"""Accepted regimes after which finite explosions of the run are only reported: its losses are like that."""
-
-NEAR_STEPS: Final = 64
-"""Distance from the place of the last retreat within which losses that rise again may be a changed task."""
 
 _RECENT: Final = 256
 
@@ -54,8 +50,8 @@ class Health:
     def __init__(
         self, settings: RollbackSettings, health: HealthSettings, saved: str = "", *, judged_by: str = ""
     ) -> None:
-        self._settings = settings
-        self._automatic = settings.automatic and health.policy == "full"
+        self._rolls_back = health.policy == "full"
+        self.adopt(settings)
         self._judged_by = judged_by
         self._only_reports = health.policy == "watch"
         self._skips_data_max = health.skips_data_max
@@ -67,10 +63,13 @@ class Health:
         self._alarmed_step: int | None = None
         self._accepting: Watch | None = None
         """The losses of a task that the lane has been asked to accept, until its answer."""
-        self._origin = ""
-        """Origin of the automatic rollback that is in progress; empty if there is none."""
-        self._spoiled: set[tuple[int, int]] = set()
-        """Batches that are left out because of it."""
+        self._origin = ""  # of the automatic rollback that is in progress
+        self._spoiled: set[tuple[int, int]] = set()  # batches that are left out because of it
+
+    def adopt(self, settings: RollbackSettings) -> None:
+        """Judges by these settings from now on."""
+        self.settings = settings
+        self._automatic = settings.automatic and self._rolls_back
 
     # -- for others --------------------------------------------------------------------------------------------------
 
@@ -178,7 +177,7 @@ class Health:
         if (judged := self._judged(epoch.evaluation)) is None:
             return Proceed()
         what, sign, value = judged
-        if not collapsing([value for _, value in record.evaluations], value, self._settings.accuracy_drop):
+        if not collapsing([value for _, value in record.evaluations], value, self.settings.accuracy_drop):
             for evaluation in (*record.worse, (epoch.global_step, value)):
                 if math.isfinite(evaluation[1]):
                     record.evaluations.append(evaluation)
@@ -261,7 +260,7 @@ class Health:
 
     def refusal(self, at_step: int) -> Halt | None:
         """Returns why no further automatic rollback is allowed at `at_step`; None if one is allowed."""
-        record, settings = self._record, self._settings
+        record, settings = self._record, self.settings
         if len(self._within_budget(at_step)) >= settings.automatic_max:
             spent = f"{settings.automatic_max} automatic rollbacks in {settings.per_steps} steps are spent"
             return Halt(Trigger.ROLLBACK_BUDGET_SPENT, spent)
@@ -315,12 +314,12 @@ class Health:
         self.begin_rollback(HEALTH, at_step)
         self._spoiled.update(batches)
         self._watch = None
-        cut = RateCut(self._settings.lr_cut ** len(self._retreats), self._settings.lr_cut_steps)
+        cut = RateCut(self.settings.lr_cut ** len(self._retreats), self.settings.lr_cut_steps)
         return Retreat(reason, evidence_step, batches, cut, older_than, durable, preferred_before, trend=bool(trend))
 
     def _within_budget(self, at_step: int) -> list[AutomaticRollback]:
         """Returns the rollbacks that began fewer than `per_steps` steps ago."""
-        per_steps = self._settings.per_steps
+        per_steps = self.settings.per_steps
         return [rollback for rollback in self._record.rollbacks if self._since(rollback, at_step) < per_steps]
 
     def _since(self, rollback: AutomaticRollback, at_step: int) -> int:

@@ -27,6 +27,12 @@ WATCH_STEPS: Final = 64
 COLLAPSED: Final = 3
 """Evaluations in a row that have to be worse than all of those by more than their range."""
 
+NEAR_STEPS: Final = 64
+"""Distance from the place of the last retreat within which losses that rise again may be a changed task."""
+
+REGIMES_MAX: Final = 2
+"""Accepted regimes after which finite explosions of the run are only reported: its losses are like that."""
+
 HELD_STEPS: Final = 256
 """Steps taken since an automatic rollback after which it has helped: the next one need not go further back."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Final
 
 from tolaria.journal.rows import CheckpointRow
 from tolaria.lane.messages import EpochDone, LaneLost, Restored
@@ -17,6 +18,8 @@ from tolaria.values.spans import SpanContext
 EPOCH, BOUNDARY = "tolaria.epoch", "tolaria.boundary"
 ROLLBACK, CHECKPOINT, LANE_RESTART = "tolaria.rollback", "tolaria.checkpoint", "tolaria.lane_restart"
 """Names of spans; those of calls to peers are `tamiyo/EvaluateEpoch` and so on."""
+
+SPANS: Final = (EPOCH, BOUNDARY, ROLLBACK, CHECKPOINT, LANE_RESTART)
 
 
 class PacketTelemetry(RunObserver):

@@ -42,7 +42,7 @@ class Profiles:
         self, lane: LaneClient, settings: ProfilerSettings, *, safeguards: Safeguards, observers: RunObserver
     ) -> None:
         self._lane = lane
-        self._settings = settings
+        self.settings = settings
         self._safeguards = safeguards
         self._observers = observers
         self._steps_since = 0
@@ -62,19 +62,19 @@ class Profiles:
             raise errors.InvalidFieldError("active_steps", f"must be 1 to {PROFILE_STEPS_MAX}, or 0, is {active_steps}")
         if self._lane.held_for(RUN):
             raise errors.WrongStateError("training is held: there is no step to profile before it is resumed")
-        return await self._begin(active_steps or self._settings.active_steps, rank)
+        return await self._begin(active_steps or self.settings.active_steps, rank)
 
     def step(self, step: StepDone) -> None:
         """Starts a profile if the schedule has one due after this step."""
-        if not self._settings.every_steps or step.skipped:
+        if not self.settings.every_steps or step.skipped:
             return
         self._steps_since += 1
-        if self._steps_since < self._settings.every_steps:
+        if self._steps_since < self.settings.every_steps:
             return
         self._steps_since = 0
         if not self._safeguards.mode.on and self._open is None:
             with suppress(errors.LaneError):  # retried after another `every_steps` steps
-                self._begin(self._settings.active_steps)
+                self._begin(self.settings.active_steps)
 
     def started(self, pending: PendingCommand, event: CommandDone) -> None:
         """Applies the answer to a command that requested a profile."""

@@ -80,7 +80,9 @@ class LaneRestorer:
         except TolariaError as error:
             rollback.left_not_kept = str(error)
         else:
-            rollback.left_checkpoint_id = row.checkpoint_id
+            settings = self.checkpointing.settings
+            rollback.left_checkpoint_id, rollback.superseded_kept = row.checkpoint_id, settings.keep_superseded
+            rollback.left_kept_until_ns = time.time_ns() + int(settings.keep_superseded_s * 1e9)
             rollback.made_checkpoint_id = row.checkpoint_id if made else ""
 
     async def restore(self, rollback: Rollback, /) -> None:

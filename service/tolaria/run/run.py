@@ -120,13 +120,13 @@ class TrainingRun(RunOperations):
         if not self._judge(epoch):
             return
         parts, boundary = self._parts, self._parts.boundary
+        policy = boundary.policy  # also where a reload replaces it meanwhile
         if boundary.asks:
             packet = epoch_packet(self._status, parts.health.averages, epoch, wall_ns=time.time_ns())
             await boundary.wait_for_answer(packet, self._status.refusals, since_s=epoch.finished_at_s)
         if self._epoch_done is not epoch:  # rolled back meanwhile: its figures no longer describe any state
             return
         held_up_s = time.monotonic() - epoch.finished_at_s
-        policy = boundary.policy
         breach = boundary.asks and not policy.patient and held_up_s > policy.budget_s + policy.slack_s
         self._status.boundary(held_up_s * 1000, breach=breach)
         budget_ms = math.inf if policy.patient else policy.budget_s * 1000
@@ -157,8 +157,8 @@ class TrainingRun(RunOperations):
         if self._parts.health.skipped_steps and not self._parts.health.best_step:
             raise LaneFailedError("no step of the run was finite")
         await self._last_checkpoint(self._stop or "the run is complete")
-        if self._settings.checkpoint.on_failure == "pause":
-            checkpointing, lane = self._parts.checkpointing, self._lane
+        checkpointing, lane = self._parts.checkpointing, self._lane
+        if checkpointing.settings.on_failure == "pause":
             await self._status.feed.until(lambda: not checkpointing.failing or self._stopping or lane.ended is not None)
         rolled_back = self._parts.recovery.running or not self._is_complete
         if not (self._stopping or rolled_back or self._lane.lost):

@@ -25,7 +25,7 @@ class SeedTelemetry(RunObserver):
     """Writes the metrics, events and log lines of seeds, gradients and learning rates."""
 
     def __init__(self, settings: GradientsSettings, metrics: Metrics, emitter: Emitter) -> None:
-        self._settings = settings
+        self.settings = settings
         self._metrics = metrics
         self._emitter = emitter
         self._log = structlog.get_logger()
@@ -134,17 +134,17 @@ class SeedTelemetry(RunObserver):
             metrics.seed_layer_norm.labels(source.seed_id, layer).set(norm)
 
     def _emit(self, epoch: int, gathered: SeedMetricSet) -> None:
-        for alarm in alarms(gathered, self._settings):
+        for alarm in alarms(gathered, self.settings):
             value, threshold, seed_id = alarm.value, alarm.threshold, alarm.seed_id
             if alarm.kind is AlarmKind.CONFLICT:
                 self._emitter.emit(events.GRAD_CONFLICT_HIGH, epoch=epoch, ratio=value, threshold=threshold)
-            elif self._settings.compact:
+            elif self.settings.compact:
                 pass  # SEED_HEALTH has the figures of all seeds
             elif alarm.kind is AlarmKind.SEED_CONFLICT:
                 self._emitter.emit(events.SEED_CONFLICT_HIGH, seed_id=seed_id, ratio=value, threshold=threshold)
             else:
                 self._emitter.emit(events.SEED_SHARE_JUMP, seed_id=seed_id, delta=value, threshold=threshold)
-        for seed in gathered.seeds if self._settings.compact else ():
+        for seed in gathered.seeds if self.settings.compact else ():
             self._emitter.emit(
                 events.SEED_HEALTH,
                 seed_id=seed.seed_id,

@@ -89,6 +89,8 @@ class RunStatus:
     newest_proven_step: int | None = None
     recovering: str = ""
     """Why the run has no lane at present; empty if it has one."""
+    draining: str = ""
+    """Why the service is about to end; empty while it is not."""
     lane_phase: Callable[[], tuple[str, float]] = lambda: ("", 0.0)
     """Returns what the lane does other than steps, and for how many seconds; an empty text if it is stepping."""
 
@@ -221,6 +223,13 @@ class RunStatus:
         if epoch.gradients is not None:
             self.conflict_ratio = epoch.gradients.conflict_ratio
 
+    @property
+    def samples_per_s(self) -> float:
+        """Samples per second of the steps of this epoch, or, before its first one, of the last epoch's."""
+        if self.sums.duration_s or self.last_epoch is None or not self.last_epoch.steps_s:
+            return self.sums.samples_per_s
+        return self.last_epoch.samples / self.last_epoch.steps_s
+
     def rewind(self, to: LaneReady | Restored) -> None:
         """Adopts the state in which the lane was built, or which it has restored."""
         progress = to.progress
@@ -316,7 +325,7 @@ def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusRespons
         epoch_step=status.sums.steps + status.sums.skipped_steps,
         steps_per_epoch=status.steps_per_epoch,
         samples_total=status.samples_total,
-        samples_per_s=status.sums.samples_per_s,
+        samples_per_s=status.samples_per_s,
         training_loss=_known(status.sums.loss if status.sums.steps else status.training_loss),
         validation_accuracy=_known(status.validation_accuracy),
         validation_loss=_known(status.validation_loss),
@@ -354,7 +363,10 @@ def state_of(status: RunStatus) -> tuple[admin.RunState.ValueType, str]:
     """Returns the state as operators see it, and its reason."""
     recovering = bool(status.recovering) and status.state == admin.RUN_STATE_RUNNING
     reasons = ("" if recovering else status.state_reason, "" if status.state in _ENDED else status.recovering)
-    return admin.RUN_STATE_RECOVERING if recovering else status.state, "; ".join(filter(None, reasons))
+    shown = admin.RUN_STATE_RECOVERING if recovering else status.state
+    if status.draining and status.state not in _ENDED:
+        shown = admin.RUN_STATE_DRAINING
+    return shown, "; ".join(filter(None, reasons))
 
 
 def phase_of(status: RunStatus) -> tuple[str, float]:

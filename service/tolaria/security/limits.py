@@ -77,13 +77,17 @@ class CallerLimits:
         self._clock = clock
         self._usage: OrderedDict[str, Usage] = OrderedDict()
 
+    def adopt(self, limits: CallLimits) -> None:
+        """Holds callers to these limits from now on; each begins with full buckets."""
+        self._limits = limits
+        for usage in self._usage.values():
+            usage.calls, usage.mistakes = self._buckets()
+
     def usage(self, key: str) -> Usage:
         """Returns the usage of a caller, which counts as used now."""
         usage = self._usage.get(key)
         if usage is None:
-            now_s, limits = self._clock(), self._limits
-            calls = Bucket.full(limits.calls_per_second, 2.0, now_s)
-            usage = self._usage[key] = Usage(calls, Bucket.full(limits.bad_calls_per_second, 4.0, now_s))
+            usage = self._usage[key] = Usage(*self._buckets())
             self._forget_oldest()
         self._usage.move_to_end(key)
         return usage
@@ -106,6 +110,11 @@ class CallerLimits:
     def must_wait(self, usage: Usage) -> bool:
         """Whether the caller has made too many mistakes, so that the next one is answered late."""
         return usage.mistakes.empty(self._clock())
+
+    def _buckets(self) -> tuple[Bucket, Bucket]:
+        """Returns full buckets for calls and for mistakes."""
+        now_s, limits = self._clock(), self._limits
+        return Bucket.full(limits.calls_per_second, 2.0, now_s), Bucket.full(limits.bad_calls_per_second, 4.0, now_s)
 
     def _forget_oldest(self) -> None:
         if len(self._usage) <= CALLERS_MAX:

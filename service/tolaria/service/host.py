@@ -29,7 +29,15 @@ from tolaria.run.resume import RunOutcome
 from tolaria.run.status import state_name
 from tolaria.service.listeners import Listeners
 from tolaria.service.notify import Notifier
-from tolaria.service.readiness import ADMIN_SERVICE, publish_health, publish_phase, readiness, watch_disk
+from tolaria.service.readiness import (
+    ADMIN_SERVICE,
+    publish_health,
+    publish_not_ready,
+    publish_phase,
+    readiness,
+    watch_disk,
+)
+from tolaria.service.reload import Reload, has_terminal
 from tolaria.service.wiring import Core, Foundation, RunService, new_ledger, new_run
 from tolaria.status_page.site import StatusPage
 from tolaria.telemetry.exporter import exporter
@@ -38,6 +46,7 @@ from tolaria.telemetry.exporter import exporter
 # what is being written after the last checkpoint.
 _LANE_SHARE, _CALLS_SHARE, _CHILDREN_SHARE, _FLUSH_SHARE, _PEERS_SHARE, _WRITER_SHARE = 0.5, 0.2, 0.1, 0.05, 0.05, 0.05
 _LANE_JOIN_S: Final = 1.0
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Host:
@@ -50,8 +59,12 @@ class Host:
         self._notifier = Notifier(NotifySocket.take())  # before the environment of child processes is read
         self._core = Core(foundation)
         self._log = structlog.get_logger()
+        self._reload = Reload(
+            self._settings, foundation.reread, listeners.protection, foundation.emitter, self._core.status.run_id
+        )
+        self._admin: AdminService | None = None
+        self._had_terminal = has_terminal()
         self._metrics_address = str(listeners.metrics_address)
-        self._draining = False
         self._drain_until_s = math.inf
         self._drained = anyio.Event()
         self._closing = anyio.Event()
@@ -82,12 +95,13 @@ class Host:
             stack.callback(self._extend_stop, embedded)
             peers = await stack.enter_async_context(self._connected_peers(embedded))
             service = new_run(self._core, peers)
+            self._reload.parts = service.live
             operations = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(operations.cancel_scope.cancel)
             server = await stack.enter_async_context(self._admin_server(service, operations))
             stack.push_async_callback(self._end_lane)
             # Before the log says so: until now a signal interrupts the event loop.
-            signals = stack.enter_context(anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
+            signals = stack.enter_context(anyio.open_signal_receiver(*_SIGNALS))
             self._log.info(
                 "serving",
                 grpc=str(server.address),
@@ -106,13 +120,14 @@ class Host:
         self._log.info("stopped", state=state, outcome=self.ending, reason=reason)
         if status.state != admin.RUN_STATE_FINISHED:
             return 1
-        return self._settings.service.exit_code_drained if self.ending == "drained" else 0
+        return self._reload.in_force.service.exit_code_drained if self.ending == "drained" else 0
 
     async def _train(self, service: RunService, server: GrpcServer, signals: AsyncIterator[signal.Signals]) -> None:
         """Runs the task group of the run."""
         core = self._core
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._drain_on_signal, tasks, service, signals)
+            tasks.start_soon(self._handle_signals, tasks, signals)
+            tasks.start_soon(self._drain_when_asked, tasks, service, server)
             tasks.start_soon(watch_board, self._foundation.board, core.safety.controller)
             tasks.start_soon(publish_health, core, server)
             tasks.start_soon(self._listeners.protection.keep_current)
@@ -144,29 +159,38 @@ class Host:
         reason = f": {status.state_reason}" if status.state_reason else ""
         return f"{state}, epoch {status.epoch} of {status.epochs}, step {status.global_step}{reason}"
 
-    async def _drain_on_signal(
-        self, tasks: TaskGroup, service: RunService, signals: AsyncIterator[signal.Signals]
-    ) -> None:
-        """Finishes the step and stops, within a share of the drain timeout; a second signal stops at once."""
-        step_s = _LANE_SHARE * self._settings.service.drain_timeout_s
+    async def _handle_signals(self, tasks: TaskGroup, signals: AsyncIterator[signal.Signals]) -> None:
+        """Has the service drain or read its settings again; a second signal to drain stops at once."""
+        status = self._core.status
         async for received in signals:
-            if self._draining:
+            if received is signal.SIGHUP and not (self._had_terminal and not has_terminal()):
+                if self._admin is not None:
+                    tasks.start_soon(self._admin.reload_on_signal, received.name)
+                continue
+            if status.draining:
                 self._log.warning("draining_cut_short", signal=received.name)
                 self._drain_until_s = anyio.current_time()
                 tasks.cancel_scope.cancel()
                 return
-            self._draining = True
-            self._log.info("draining", signal=received.name)
-            now_s = anyio.current_time()
-            self._drain_until_s = now_s + self._settings.service.drain_timeout_s
-            tasks.cancel_scope.deadline = now_s + step_s
-            tasks.start_soon(self._drain, service, step_s / 2)
+            status.draining = received.name
+            self._core.lifecycle.changed()
 
-    async def _drain(self, service: RunService, checkpoint_s: float) -> None:
-        """Runs concurrently with the wait for signals, so that a second one is noticed."""
-        if self._core.process is not None:
-            self._core.process.drained = True  # the run is to be continued
-        await service.run.drain(checkpoint_s)
+    async def _drain_when_asked(self, tasks: TaskGroup, service: RunService, server: GrpcServer) -> None:
+        """Finishes the step and stops, within a share of the drain timeout: by a signal, or a call of Shutdown.
+
+        Before anything ends, probes learn that the service is not ready, and new operations are refused.
+        """
+        core = self._core
+        await core.status.feed.until(lambda: bool(core.status.draining))
+        self._log.info("draining", reason=core.status.draining)
+        now_s, step_s = anyio.current_time(), _LANE_SHARE * self._settings.service.drain_timeout_s
+        self._drain_until_s = now_s + self._settings.service.drain_timeout_s
+        tasks.cancel_scope.deadline = now_s + step_s
+        self._notifier.stopping(self._in_one_line())
+        await publish_not_ready(server)
+        if core.process is not None:
+            core.process.drained = True  # the run is to be continued
+        await service.run.drain(step_s / 2)
         self._drained.set()
 
     def _extend_stop(self, embedded: Mapping[Peer, EmbeddedPeer]) -> None:
@@ -187,7 +211,7 @@ class Host:
                 self._core.process.abandon()
             drain_s = self._settings.service.drain_timeout_s
             await self._core.journal.flush(_FLUSH_SHARE * drain_s)
-            if self._draining:  # otherwise leaving the writer's context waits for it
+            if self._core.status.draining:  # otherwise leaving the writer's context waits for it
                 written = await anyio.to_thread.run_sync(self._foundation.writer.close, _WRITER_SHARE * drain_s)
                 if not written:
                     self._log.error("checkpoint_left_behind", detail="the disk did not answer in time")
@@ -219,10 +243,12 @@ class Host:
                 complete=self._complete,
                 closing=self._closing,
                 telemetry=core.telemetry,
+                reload=self._reload.carry_out,
                 interval_s=settings.server.status_interval_ms / 1000,
                 state_dir=Path(settings.state.dir),
             )
-            add_TolariaAdminServiceServicer_to_server(AdminService(parts), server)
+            self._admin = AdminService(parts)
+            add_TolariaAdminServiceServicer_to_server(self._admin, server)
 
         return grpc_server(
             self._listeners.admin,
@@ -233,7 +259,7 @@ class Host:
 
     def _complete(self, status: admin.GetStatusResponse) -> None:
         status.metrics_address = self._metrics_address
-        training, control = self._settings.training, self._settings.control
+        training, control = self._settings.training, self._reload.in_force.control
         status.run_name = training.run_name
         status.tags.update(training.tags)
         status.boundary_budget_ms = control.boundary_budget_ms if control.enabled else 0.0

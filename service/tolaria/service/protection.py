@@ -10,7 +10,7 @@ import anyio
 import anyio.to_thread
 import structlog
 
-from tolaria.config import PeerSettings, Settings
+from tolaria.config import PeerSettings, ServerSettings, Settings
 from tolaria.errors import CredentialsError
 from tolaria.peers.connect import Peer, tls_files
 from tolaria.rpc.callers import CallerInterceptor
@@ -36,6 +36,12 @@ class Protection:
     files: TlsFiles
     web: WatchedFiles[WebConfig] | None
     guard: WebGuard
+    limits: CallerLimits
+
+    def adopt(self, settings: Settings) -> None:
+        """Holds callers and scrapers to the limits of these settings from now on."""
+        self.limits.adopt(_call_limits(settings.server))
+        self.guard.connections_max = settings.metrics.connections_max
 
     async def keep_current(self) -> None:
         """Reads changed files again, and warns of certificates that expire, until cancelled."""
@@ -58,20 +64,24 @@ def protected(settings: Settings, metrics: Metrics) -> Protection:
     tokens = None
     if server.tokens:
         tokens = WatchedFiles("server.tokens", lambda: Tokens.read(server.tokens), on_failure=failed)
-    limits = CallLimits(
+    limits = CallerLimits(_call_limits(server))
+    peers: tuple[tuple[Peer, PeerSettings], ...] = (("tamiyo", settings.tamiyo), ("kasmina", settings.kasmina))
+    for peer, section in peers:
+        tls_files(peer, section).read()  # a mistake is found now rather than after the job has been built
+    interceptor = CallerInterceptor(tokens, limits, metrics)
+    path = settings.metrics.web_config
+    web = WatchedFiles(web_config.SETTING, lambda: WebConfig.read(path), on_failure=failed) if path else None
+    guard = WebGuard(web, metrics, settings.metrics.connections_max)
+    return Protection(tls, tokens, interceptor, files, web, guard, limits)
+
+
+def _call_limits(server: ServerSettings) -> CallLimits:
+    return CallLimits(
         calls_per_second=server.calls_per_second,
         bad_calls_per_second=server.bad_calls_per_second,
         calls_in_flight_max=server.calls_in_flight_max,
         streams_max=server.streams_max,
     )
-    peers: tuple[tuple[Peer, PeerSettings], ...] = (("tamiyo", settings.tamiyo), ("kasmina", settings.kasmina))
-    for peer, section in peers:
-        tls_files(peer, section).read()  # a mistake is found now rather than after the job has been built
-    interceptor = CallerInterceptor(tokens, CallerLimits(limits), metrics)
-    path = settings.metrics.web_config
-    web = WatchedFiles(web_config.SETTING, lambda: WebConfig.read(path), on_failure=failed) if path else None
-    guard = WebGuard(web, metrics, settings.metrics.connections_max)
-    return Protection(tls, tokens, interceptor, files, web, guard)
 
 
 def forbid_core_files(settings: Settings) -> None:

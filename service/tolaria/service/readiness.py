@@ -46,7 +46,7 @@ def reasons_not_ready(core: Core) -> list[str]:
 
     A paused or finished run answers operators as a running one does: it is ready.
     """
-    reasons = []
+    reasons = [f"the service is stopping: {core.status.draining}"] if core.status.draining else []
     if core.status.state not in _READY_STATES:
         reason = core.status.state_reason
         reasons.append(f"the run is {state_name(core.status.state)}" + (f": {reason}" if reason else ""))
@@ -66,12 +66,18 @@ async def publish_health(core: Core, server: GrpcServer) -> None:
     while True:
         version = status.feed.version
         await server.set_health("", serving=not reasons_not_ready(core))
-        training = status.state in _READY_STATES and not status.recovering
+        training = status.state in _READY_STATES and not (status.recovering or status.draining)
         await server.set_health("tolaria.training", serving=training)
         for name in (TAMIYO, KASMINA):
             await server.set_health(f"tolaria.{name}", serving=breakers[name].state != CIRCUIT_STATE_OPEN)
         while status.feed.version == version:  # a change during the calls above is not missed
             await status.feed.next()
+
+
+async def publish_not_ready(server: GrpcServer) -> None:
+    """Reports the service as not serving, at once: clients that watch its health go elsewhere."""
+    for name in ("", "tolaria.training"):
+        await server.set_health(name, serving=False)
 
 
 def publish_phase(core: Core) -> None:

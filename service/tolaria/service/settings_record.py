@@ -6,12 +6,15 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
-from tolaria.checkpoint.directory import SETTINGS
+from tolaria.checkpoint.directory import RUN_SETTINGS, SETTINGS
 from tolaria.config import Settings
+
+RUNS_MAX: Final = 1000
+"""Runs of one directory whose settings are kept, a few kilobytes each."""
 
 _log = structlog.get_logger(__name__)
 
@@ -44,15 +47,29 @@ def report_changes(settings: Settings, run_id: str, learning_rates: Mapping[str,
 
 def record(settings: Settings, run_id: str) -> None:
     """Writes the settings of this process, without secrets, with mode 0600. A failure is logged."""
-    path = Path(settings.state.dir) / SETTINGS
-    new = path.with_name(SETTINGS + ".new")
+    directory = Path(settings.state.dir)
     text = json.dumps({"run_id": run_id, "settings": _visible(settings)}, indent=1)
     try:
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
-            file.write(text)
-        new.replace(path)
+        (directory / RUN_SETTINGS).mkdir(mode=0o700, exist_ok=True)
+        for path in (directory / RUN_SETTINGS / f"{run_id}.json", directory / SETTINGS):
+            _replace(path, text)
+        _remove_oldest(directory / RUN_SETTINGS)
     except OSError as error:
         _log.warning("settings_not_recorded", detail=str(error))
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(path.name + ".new")
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
+        file.write(text)
+    new.replace(path)
+
+
+def _remove_oldest(folder: Path) -> None:
+    """Keeps the settings of the newest RUNS_MAX runs."""
+    files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    for path in files[:-RUNS_MAX]:
+        path.unlink(missing_ok=True)
 
 
 def _visible(settings: Settings) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -51,10 +52,11 @@ from tolaria.trackers.tracker import check_trackers
 from tolaria.values.optimization import ActiveAdjustment
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, reread: Callable[[], Settings]) -> int:
     """Serves until the run is done or a signal arrives; returns the exit code.
 
-    What the settings can be wrong about is found before the job's code runs, as far as possible.
+    `reread` reads the sources of the settings again. What the settings can be wrong about is found before the job's
+    code runs, as far as possible.
 
     Raises:
         ExposedError: other machines could reach the admin server without TLS or a token.
@@ -100,7 +102,7 @@ def run(settings: Settings) -> int:
                 with _foundation(
                     settings, build, point, checkpoint=checkpoint, metrics=metrics, context=context, tracer=tracer
                 ) as foundation:
-                    host = Host(foundation, listeners)
+                    host = Host(replace(foundation, reread=reread), listeners)
                     try:
                         code = loop.run(host.serve())
                     finally:

@@ -15,15 +15,16 @@ from anyio.abc import TaskGroup
 
 from tolaria.checkpoint.storage import Storage
 from tolaria.checkpoint.writer import CheckpointWriter
-from tolaria.config import Settings
+from tolaria.config import PeerSettings, Settings, is_live
 from tolaria.emergency.supervision import Heartbeats
 from tolaria.images import StateImage
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.rows import EmergencyRow, RunRow
 from tolaria.lane.messages import LaneReady
-from tolaria.peers.connect import Peers
+from tolaria.peers.connect import Peer, Peers
 from tolaria.peers.consultation import Consultations
 from tolaria.peers.verification import CommandVerifier
+from tolaria.resilience.deadline import DeadlineCaller
 from tolaria.rollback.coordinator import RollbackCoordinator
 from tolaria.rollback.protocol import TAMIYO, RollbackParticipant
 from tolaria.rpc.requests import RequestLedger
@@ -43,6 +44,7 @@ from tolaria.run.profiling import Profiles
 from tolaria.run.recovery import Recovery
 from tolaria.run.restore_points import RestorePoints
 from tolaria.run.restorer import LaneRestorer
+from tolaria.run.resume import retention_of
 from tolaria.run.revival import Revival
 from tolaria.run.run import TrainingRun
 from tolaria.run.run_state import Lifecycle
@@ -57,7 +59,7 @@ from tolaria.signals import SignalBoard
 from tolaria.status_page.history import PageHistory
 from tolaria.status_page.sections import PageParts
 from tolaria.telemetry.events import Emitter
-from tolaria.telemetry.logging import LogContext
+from tolaria.telemetry.logging import LogContext, set_level
 from tolaria.telemetry.metrics import Metrics
 from tolaria.telemetry.packets import Packets
 from tolaria.telemetry.subscriptions import TelemetryStream
@@ -112,6 +114,7 @@ class Foundation:
     it, resumes it from `checkpoint`, an image and the run's adjustments, and `on_ready` is called then.
     `points` are the restore points that earlier processes of the run have left, `rollbacks` their number of rollbacks
     by origin, `skips` the data that operators have had them leave out, `branch` where the run has branched off.
+    `reread` reads the sources of the settings again.
     """
 
     settings: Settings
@@ -132,6 +135,7 @@ class Foundation:
     rollbacks: Mapping[str, int] = field(default_factory=dict)
     skips: tuple[DataSkip, ...] = ()
     branch: BranchOrigin | None = None
+    reread: Callable[[], Settings] = Settings
 
 
 class Core:
@@ -163,6 +167,7 @@ class Core:
         self.history = PageHistory(self.status, foundation.points)
         self.tracking = Tracking(settings, metrics, emitter)
         ended = [row for row in foundation.open_emergencies if row != foundation.active_halt]
+        self.seed_telemetry = SeedTelemetry(settings.gradients, metrics, emitter)
         self.observers = Observers(
             TrainingTelemetry(
                 metrics,
@@ -171,7 +176,7 @@ class Core:
                 run_id=self.status.run_id,
                 latency_factor=settings.telemetry.latency_factor,
             ),
-            SeedTelemetry(settings.gradients, metrics, emitter),
+            self.seed_telemetry,
             safety_telemetry,
             LaneTelemetry(metrics, emitter),
             JournalObserver(self.journal, self.status, foundation.run, active=foundation.active_halt, ended=ended),
@@ -224,13 +229,49 @@ class Core:
 
 
 @dataclass(frozen=True, slots=True)
+class LiveParts:
+    """The parts whose settings can be replaced while they are used. Used on the event loop only."""
+
+    core: Core
+    coordinator: RollbackCoordinator
+    boundary: EpochBoundary
+    questions: StepQuestions
+    profiles: Profiles
+    verifier: CommandVerifier
+    callers: Mapping[Peer, DeadlineCaller]
+
+    def adopt(self, settings: Settings) -> None:
+        """Has each part use these settings from its next decision on; those that are not live are as before."""
+        core = self.core
+        set_level(settings.logging.level)
+        core.telemetry.settings = settings.telemetry
+        core.seed_telemetry.settings = settings.gradients
+        core.checkpointing.settings = settings.checkpoint
+        core.foundation.storage.checkpoints.retention = retention_of(settings.checkpoint)
+        core.health.adopt(settings.rollback)
+        if core.process is not None:
+            core.process.settings = settings.lane
+        self.coordinator.settings = settings.rollback
+        self.boundary.policy = _boundary_policy(settings)
+        self.questions.control = settings.control
+        self.profiles.settings = settings.profiler
+        self.verifier.adopt(settings.leyline)
+        peers: Mapping[Peer, PeerSettings] = {"tamiyo": settings.tamiyo, "kasmina": settings.kasmina}
+        for peer, caller in self.callers.items():
+            section = peers[peer]
+            live = {name: value for name, value in section if is_live(type(section), name)}
+            caller.settings = caller.settings.model_copy(update=live)  # its target is the actual one
+
+
+@dataclass(frozen=True, slots=True)
 class RunService:
-    """A run and the tasks that are served with it."""
+    """A run and the tasks that are served with it; `live` are the parts whose settings a reload replaces."""
 
     run: TrainingRun
     consultations: Consultations | None
     recovery: Recovery
     revival: Revival
+    live: LiveParts
 
     async def open(self, core: Core) -> bool:
         """Waits until a lane in a separate process is built; returns False if it was stopped before.
@@ -264,8 +305,9 @@ def new_run(core: Core, peers: Peers | None) -> RunService:
     settings = core.foundation.settings
     adjustments = RunAdjustments(core.lane, core.journal, core.status)
     participants = {} if peers is None else {TAMIYO: peers.tamiyo_rollback, KASMINA: peers.kasmina_rollback}
-    recovery = _new_recovery(core, adjustments, participants)
-    consultations = None if peers is None else _new_consultations(core, peers, recovery)
+    coordinator, recovery = _new_recovery(core, adjustments, participants)
+    verifier = CommandVerifier(settings.leyline)
+    consultations = None if peers is None else _new_consultations(core, peers, recovery, verifier)
     questions = StepQuestions(
         consultations,
         settings.control,
@@ -314,10 +356,19 @@ def new_run(core: Core, peers: Peers | None) -> RunService:
     run = TrainingRun(parts, settings)
     if core.ready is not None:
         run.begin(core.ready)
-    return RunService(run, consultations, recovery, revival)
+    live = LiveParts(
+        core=core,
+        coordinator=coordinator,
+        boundary=parts.boundary,
+        questions=questions,
+        profiles=parts.profiles,
+        verifier=verifier,
+        callers={} if peers is None else peers.callers,
+    )
+    return RunService(run, consultations, recovery, revival, live)
 
 
-def _new_consultations(core: Core, peers: Peers, recovery: Recovery) -> Consultations:
+def _new_consultations(core: Core, peers: Peers, recovery: Recovery, verifier: CommandVerifier) -> Consultations:
     settings = core.foundation.settings
     handler = CommandHandler(
         core.lane,
@@ -332,7 +383,7 @@ def _new_consultations(core: Core, peers: Peers, recovery: Recovery) -> Consulta
     return Consultations(
         peers.tamiyo,
         peers.kasmina,
-        verifier=CommandVerifier(settings.leyline),
+        verifier=verifier,
         emitter=core.foundation.emitter,
         seeds=settings.seeds,
         permits=core.safeguards.permits,
@@ -370,7 +421,9 @@ def new_status(foundation: Foundation) -> RunStatus:
     return status
 
 
-def _new_recovery(core: Core, adjustments: RunAdjustments, participants: Mapping[str, RollbackParticipant]) -> Recovery:
+def _new_recovery(
+    core: Core, adjustments: RunAdjustments, participants: Mapping[str, RollbackParticipant]
+) -> tuple[RollbackCoordinator, Recovery]:
     foundation = core.foundation
     store = foundation.storage.checkpoints
     restorer = LaneRestorer(
@@ -384,7 +437,7 @@ def _new_recovery(core: Core, adjustments: RunAdjustments, participants: Mapping
         board=foundation.board.claim_rollback(),
         journal=core.journal,
     )
-    return Recovery(
+    return coordinator, Recovery(
         coordinator,
         restorer,
         lifecycle=core.lifecycle,

@@ -128,6 +128,13 @@ _warning = partial(_spec, TELEMETRY_LEVEL_WARNING)
 _error = partial(_spec, TELEMETRY_LEVEL_ERROR)
 _critical = partial(_spec, TELEMETRY_LEVEL_CRITICAL)
 
+
+def event_names() -> set[str]:
+    """Returns the names of all events."""
+    declared = {value.name for value in globals().values() if isinstance(value, EventSpec)}
+    return declared | {spec.name for spec in EMERGENCY_BROADCASTS.values()}
+
+
 # Peers, circuit breakers, conservative mode
 _CALL = ("method", "detail", "latency_ms")
 TAMIYO_TIMEOUT = _warning("tolaria.tamiyo_timeout", *_CALL)
@@ -140,6 +147,10 @@ BREAKER_OPENED = _warning("tolaria.breaker_opened", "breaker")
 BREAKER_CLOSED = _info("tolaria.breaker_closed", "breaker")
 CONSERVATIVE_MODE_ENTERED = _warning("tolaria.conservative_mode_entered", "reasons")
 CONSERVATIVE_MODE_CLEARED = _info("tolaria.conservative_mode_cleared", "reasons")
+
+# The service
+CONFIG_RELOADED = _info("tolaria.config_reloaded", "origin", "changed", "waiting")
+CONFIG_RELOAD_FAILED = _error("tolaria.config_reload_failed", "origin", "problem")
 
 # Emergencies
 _EMERGENCY = ("emergency_level", "reason", "origin")

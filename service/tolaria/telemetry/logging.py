@@ -178,6 +178,11 @@ def logging_to(
         structlog.reset_defaults()
 
 
+def set_level(level: str) -> None:
+    """Writes lines of this level and above from now on, in a context of `logging_to`."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]))
+
+
 def _renderers(settings: LoggingSettings, stream: TextIO) -> list[Processor]:
     if settings.format == "json" or (settings.format == "auto" and not stream.isatty()):
         return [structlog.processors.dict_tracebacks, _replace_non_finite, structlog.processors.JSONRenderer()]

@@ -201,7 +201,7 @@ class TelemetryStream:
     """Passes published packets to all subscriptions, without waiting, and keeps the latest CRITICAL ones."""
 
     def __init__(self, settings: TelemetrySettings, metrics: Metrics) -> None:
-        self._settings = settings
+        self.settings = settings
         self._metrics = metrics
         self._subscriptions: tuple[Subscription, ...] = ()  # replaced as a whole: read by the thread of a scrape
         self._critical: deque[Published] = deque(maxlen=settings.critical_kept)
@@ -233,9 +233,9 @@ class TelemetryStream:
 
         Raises TooManySubscribersError.
         """
-        if len(self._subscriptions) >= (limit := self._settings.subscribers_max):
+        if len(self._subscriptions) >= (limit := self.settings.subscribers_max):
             raise TooManySubscribersError(f"there are {limit} subscribers, the limit of telemetry.subscribers_max")
-        subscription = Subscription(self, wanted, self._settings.queue_packets)
+        subscription = Subscription(self, wanted, self.settings.queue_packets)
         for published in self._latest_critical(wanted, replay):
             subscription.put(published)
         if self._closed:

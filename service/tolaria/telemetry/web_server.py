@@ -53,7 +53,7 @@ class WebGuard:
     def __init__(self, config: WatchedFiles[WebConfig] | None, metrics: Metrics, connections_max: int) -> None:
         self._config = config
         self._metrics = metrics
-        self._connections_max = connections_max
+        self.connections_max = connections_max
         self._passwords = _Passwords()
         self._rested_s = 0.0
 
@@ -82,7 +82,7 @@ class WebGuard:
         assert requests is not None  # noqa: S101 - it has been set up
 
         def connected() -> asyncio.Protocol:
-            if len(requests.connections) >= self._connections_max:
+            if len(requests.connections) >= self.connections_max:
                 return _Refusing()
             return requests()
 

@@ -79,7 +79,7 @@ class ProcessLane:
         segments = HeldSegments()
         self.images = LaneImages(segments, self._send)
         self.plan: Callable[[], Awaitable[tuple[RestorePlan, StateImage | None]]] = self._first_plan
-        self._settings = settings.lane
+        self.settings = settings.lane
         self._checkpoint = checkpoint
         self._segments = segments
         self._rendezvous = Rendezvous(settings, self) if settings.lane.nodes_max > 1 else None
@@ -158,7 +158,7 @@ class ProcessLane:
         if not self._answering or (isinstance(command, Stop) and self._process.link is None):
             self._refuse(command)
             return
-        if isinstance(command, RunEpoch) and self._settings.grow == "epoch" and self._can_grow:
+        if isinstance(command, RunEpoch) and self.settings.grow == "epoch" and self._can_grow:
             self._put_off = (command_id, command)
             self._grow()
             return
@@ -237,7 +237,7 @@ class ProcessLane:
 
     def on_lost(self, kind: str, cause: str, batch: tuple[int, int] | None) -> None:
         """Reports a process that has ended, or the end of the lane if too many have died."""
-        now_s, settings = time.monotonic(), self._settings
+        now_s, settings = time.monotonic(), self.settings
         if kind != "regrouped":
             self._deaths.append(now_s)
         while self._deaths and self._deaths[0] < now_s - settings.restarts_within_s:

@@ -125,7 +125,8 @@ def test_rollback_prints_the_restored_step_and_equal_digests(serve_fake: Serve) 
             "coordinated"
         ),
         (
-            "step 57 is kept as checkpoint 000000000057-0badcafe: "
+            "step 57 is kept as checkpoint 000000000057-0badcafe until 2027-01-15 08:00:00 UTC "
+            "(checkpoint.keep_superseded_s), and while it is among the newest 2 superseded ones: "
             "tolaria rollback --checkpoint 000000000057-0badcafe --reason ... returns to it"
         ),
         "checkpoints superseded: 2; rollback --checkpoint ID goes back to one",
@@ -280,3 +281,27 @@ def test_restore_points_json(serve_fake: Serve) -> None:
     admin.restore_points = restore_points(NOW_S)
     done = runner.invoke(app, ["restore-points", "--json", "--address", serve_fake(admin)])
     assert [point["stable"] for point in json.loads(done.stdout)["restorePoints"]] == [True, False]
+
+
+def test_reload_prints_what_has_changed_and_what_waits(serve_fake: Serve) -> None:
+    """With both values, and a line for each setting that is retired."""
+    done = runner.invoke(app, ["reload", "--reason", "more", "--address", serve_fake(fake_admin([]))])
+    assert (done.exit_code, done.stdout.splitlines()) == (
+        0,
+        [
+            "reload: took effect at step 57: 1 changed",
+            "  checkpoint.keep_last: 3 -> 5",
+            "waiting for a restart:",
+            "  training.epochs: 20 -> 30",
+            "  rollback.loss_factor is retired and has no effect: remove it",
+        ],
+    )
+
+
+def test_a_service_that_stops_refuses_and_is_not_unreachable(serve_fake: Serve) -> None:
+    """Exit code 1 with its reason: it has answered."""
+    address = serve_fake(fake_admin([]))
+    done = runner.invoke(app, ["shutdown", "--reason", "bye", "--address", address])
+    assert (done.exit_code, done.stdout) == (0, "shutdown: took effect at step 57: state DRAINING\n")
+    done = runner.invoke(app, ["shutdown", "--reason", "again", "--address", address])
+    assert (done.exit_code, done.stderr) == (1, "tolaria: the service is stopping: SIGTERM (DRAINING)\n")

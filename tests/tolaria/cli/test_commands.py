@@ -167,7 +167,7 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-def _service(monkeypatch: pytest.MonkeyPatch, run: Callable[[Settings], int]) -> None:
+def _service(monkeypatch: pytest.MonkeyPatch, run: Callable[[Settings, object], int]) -> None:
     module = types.ModuleType("tolaria.service")
     module.run = run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tolaria.service", module)
@@ -177,7 +177,7 @@ def test_serve_passes_settings_and_returns_the_exit_code(monkeypatch: pytest.Mon
     """The service gets the effective settings; its exit code is that of the command."""
     seen: list[Settings] = []
 
-    def run(settings: Settings) -> int:
+    def run(settings: Settings, reread: object) -> int:
         seen.append(settings)
         return 7
 
@@ -190,7 +190,7 @@ def test_serve_takes_a_name_and_tags(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tag's value is text, also where it looks like a number or has an equals sign."""
     seen: list[Settings] = []
 
-    def run(settings: Settings) -> int:
+    def run(settings: Settings, reread: object) -> int:
         seen.append(settings)
         return 0
 
@@ -219,7 +219,7 @@ def test_failures_of_the_service_have_exit_codes(
 ) -> None:
     """A TolariaError is reported on one line, also if a task group raises it."""
 
-    def run(_: Settings) -> int:
+    def run(_settings: Settings, _reread: object) -> int:
         raise error
 
     _service(monkeypatch, run)
@@ -234,7 +234,7 @@ def test_failures_of_the_service_have_exit_codes(
 def test_other_exceptions_are_not_caught(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """An exception that is not a TolariaError keeps its traceback."""
 
-    def run(_: Settings) -> int:
+    def run(_settings: Settings, _reread: object) -> int:
         raise error
 
     _service(monkeypatch, run)
@@ -251,7 +251,7 @@ def test_serve_exits_when_standard_input_is_closed() -> None:
     """With --while-stdin the end of the parent process causes SIGTERM."""
     code = (
         "import signal, sys, types\nmodule = types.ModuleType('tolaria.service')\n"
-        "def run(settings):\n"
+        "def run(settings, reread):\n"
         "    print('up', flush=True)\n"
         "    signal.sigwait({signal.SIGTERM})\n"
         "    return 5\n"

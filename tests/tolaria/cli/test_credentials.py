@@ -73,12 +73,12 @@ def test_a_wrong_name_makes_no_token() -> None:
 def test_certificates_are_made_once_and_renewed_for_another_host() -> None:
     """What the printed settings name can be used; with --ca-dir the key of the CA is elsewhere."""
     init = ("certs", "init", "--dir", "certs", "--ca-dir", "ca")
-    shown = run(*init, "--host", "gpu1").stdout
+    shown = run(*init, "--host", "gpu1").stderr
     assert "server.tls_cert=certs/server.pem" in shown
     first = Path("certs/server.pem").read_bytes()
     TlsFiles("server", "certs/server.pem", "certs/server.key", "certs/ca.pem").read()
     assert not Path("certs/ca.key").exists()
-    assert "is there" in run(*init, "--host", "gpu1").stdout
+    assert "is there" in run(*init, "--host", "gpu1").stderr
     assert Path("certs/server.pem").read_bytes() == first
     run(*init, "--host", "gpu2")
     assert Path("certs/server.pem").read_bytes() != first
@@ -91,7 +91,7 @@ def test_a_certificate_that_expires_soon_is_renewed() -> None:
     """Within 30 days."""
     run("certs", "init", "--dir", "certs", "--days", "20")
     first = Path("certs/server.pem").read_bytes()
-    assert "is there" in run("certs", "init", "--dir", "certs", "--days", "20").stdout
+    assert "is there" in run("certs", "init", "--dir", "certs", "--days", "20").stderr
     run("certs", "init", "--dir", "certs")
     assert Path("certs/server.pem").read_bytes() != first
 

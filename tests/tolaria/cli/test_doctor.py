@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from support.fake_admin import fake_admin, serving, status_of
 from support.old_journals import write_as_schema
+from support.security import Pki
 from tolaria.cli import doctor
 from tolaria.cli.commands import app
 from tolaria.cli.doctor import Diagnosis, TorchFound, Verdict, examine
@@ -66,7 +67,7 @@ def test_an_admin_port_that_others_reach_is_a_warning(listen: str) -> None:
     """Its clients can stop the run; metrics may be scraped from other machines."""
     if listen.startswith("[") and not socket.has_ipv6:
         pytest.skip("this machine has no IPv6")
-    assert problems(found(f"server.listen={listen}")) == {"server.listen": Verdict.WARNING}
+    assert problems(found(f"server.listen={listen}", "server.insecure=true")) == {"server.listen": Verdict.WARNING}
     assert problems(found("metrics.listen=0.0.0.0:0")) == {}
 
 
@@ -199,3 +200,24 @@ def test_real_torch_and_a_real_job_are_found() -> None:
     found = really_look("digits")
     assert found is not None
     assert (found.job_error, found.version[0]) == ("", "2")
+
+
+def test_files_that_a_start_refuses_are_in_the_way(tmp_path: Path) -> None:
+    """Each is named by its setting; a key that all users can read is a warning, sound files are one line."""
+    pki = Pki(tmp_path)
+    cert = pki.server()
+    given = [f"server.tls_cert={cert}", f"server.tls_key={cert.with_suffix('.key')}"]
+    assert problems(found(*given)) == {}
+    assert found(*given)["credentials"].verdict is Verdict.OK
+    cert.with_suffix(".key").chmod(0o644)
+    findings = found(*given, "server.tokens=gone.toml")
+    assert problems(findings) == {"server.tls_key": Verdict.WARNING, "server.tokens": Verdict.FAILED}
+    assert findings["server.tls_key"].advice == f"chmod o-r {cert.with_suffix('.key')}"
+
+
+def test_an_address_that_a_start_refuses_is_in_the_way() -> None:
+    """Other machines could reach it without TLS and tokens; the advice is what the start says."""
+    findings = found("server.listen=0.0.0.0:0")
+    assert findings["protection"].verdict is Verdict.FAILED
+    assert "server.insecure" in findings["protection"].advice
+    assert "protection" not in found("server.listen=0.0.0.0:0", "server.insecure=true")

@@ -24,7 +24,7 @@ main()
 """
 SLEEPING_RUN = """
 import time
-def run(settings):
+def run(settings, reread):
     print("up", flush=True)
     time.sleep(60)
 module.run = run
@@ -39,11 +39,11 @@ async def wait():
             await anyio.sleep_forever()
         finally:
             print("cleaned up", flush=True)
-module.run = lambda settings: anyio.run(wait)
+module.run = lambda settings, reread: anyio.run(wait)
 """
 RAISES_OTHER_ERROR = """
 import time
-def run(settings):
+def run(settings, reread):
     print("up", flush=True)
     try:
         time.sleep(60)
@@ -133,3 +133,19 @@ def test_module_runs_the_command() -> None:
     """`python -m tolaria` works where the script is not on the path."""
     done = subprocess.run([*TOLARIA, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("tolaria ")
+
+
+@pytest.mark.parametrize("body", [SLOW_IMPORT, SLEEPING_RUN], ids=["import", "run"])
+def test_a_hangup_during_start_does_nothing(body: str) -> None:
+    """A manager that reloads a service which is just starting does not end it: its settings are being read."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(body=body)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode == 143

@@ -342,3 +342,13 @@ def test_skips_and_the_origin_of_a_branch_are_shown() -> None:
     rows = dict(render.status_rows(status))
     assert rows["branch of"] == "run first at step 40 (checkpoint c1 in /runs/a)"
     assert "data left out on request: 2 (tolaria skip --list)" in rows["history"]
+
+
+@pytest.mark.parametrize(
+    ("per_s", "shown"), [(0.0, "0"), (0.034, "0.034"), (4.26, "4.3"), (12.6, "13"), (2762.3, "2762")]
+)
+def test_a_low_throughput_is_not_shown_as_none(per_s: float, shown: str) -> None:
+    """A large model has a sample in seconds."""
+    status = status_of(2)
+    status.samples_per_s = per_s
+    assert dict(render.status_rows(status))["progress"].endswith(f", {shown} samples/s")

@@ -15,7 +15,7 @@ from leyline.v1.telemetry_pb2 import MetricPoint, SystemHealth, TelemetryPacket,
 from support.fake_admin import FakeAdmin, serving
 from support.telemetry import packet_of
 from tolaria.cli.commands import app
-from tolaria.cli.telemetry import lines
+from tolaria.cli.telemetry import lines, unknown_prefixes
 
 EPOCH = (
     "22:13:20.005 epoch 3 training.loss=0.5 epoch_hook.latency_ms=4.25 degraded (command_rejected); 3 metrics, 1 spans"
@@ -140,3 +140,34 @@ def test_no_service_is_exit_code_3() -> None:
     """As for all client commands."""
     ended = invoke("telemetry", "--address", "127.0.0.1:1", "--timeout", "2")
     assert ended.exit_code == 3
+
+
+def test_a_prefix_that_matches_nothing_is_said() -> None:
+    """Once, on standard error, before the stream: it would be silent for ever."""
+    with serving(stream_of(event())) as address:
+        done = invoke("telemetry", "--name", "nosuch", "--address", address)
+        known = invoke("telemetry", "--name", "tolaria.training", "--address", address)
+    assert done.stderr.splitlines()[0] == (
+        "no metric, event or span of this version begins with 'nosuch': nothing may be shown"
+    )
+    assert "begins with" not in known.stderr
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *(
+            "tolaria.",
+            "tolaria.breaker",
+            "tolaria_breaker_state",
+            "command_rej",
+            "emergency_broadcast",
+            "tolaria.boundary",
+        ),
+        *("tamiyo/EvaluateEpoch", "kas", "tolaria.step.duration_seconds_bucket", "tolaria.epochs.total"),
+    ],
+)
+def test_prefixes_of_known_names(prefix: str) -> None:
+    """Of metrics, their samples, events and spans; dotted and with underscores."""
+    assert unknown_prefixes([prefix]) == []
+    assert unknown_prefixes([f"{prefix}x"]) == ([] if prefix.startswith("tamiyo/") else [f"{prefix}x"])

@@ -235,6 +235,9 @@ async def test_refusals_end_the_command(monkeypatch: pytest.MonkeyPatch, tmp_pat
             assert isinstance(joined.error, JoinRefusedError)
             assert joined.error.reason == "full"
             assert joined.said[0].startswith("waiting for a place: lane.nodes is 2:2")
+        async with met.machine(), node_of(met.port, full_s=0.0) as joined, joined_end(joined):
+            assert isinstance(joined.error, JoinRefusedError)
+            assert joined.said == []  # not even once
         digests = iter(["of the service", "", "of the service", "other"])
         monkeypatch.setattr(admission, "job_digest", lambda _job: next(digests))
         for words in ("this machine finds no module for digits", "the file of digits is another one"):

@@ -30,6 +30,7 @@ from tolaria.emergency import Acknowledgement, EmergencyState
 from tolaria.emergency.protocol import require_level
 from tolaria.errors import (
     CheckpointWriteError,
+    ConfigurationError,
     IllegalEmergencyEventError,
     InvalidFieldError,
     NoCheckpointError,
@@ -190,8 +191,16 @@ class Served:
         self.journal = MemoryJournal()
         self.closing = anyio.Event()
         self.telemetry = TelemetryStream(TelemetrySettings(), Metrics())
+        self.reloads: list[str] = []
         self.channel: grpc.aio.Channel
         self.stub: TolariaAdminServiceAsyncStub
+
+    async def reload(self, origin: str) -> admin.ReloadConfigResponse:
+        """Finds one change; of the third file the settings are wrong."""
+        self.reloads.append(origin)
+        if len(self.reloads) == 3:
+            raise ConfigurationError(["checkpoint.keep_last: is no number (tolaria.toml)"])
+        return admin.ReloadConfigResponse(changed=[admin.SettingChange(name="checkpoint.keep_last")])
 
 
 @asynccontextmanager
@@ -216,6 +225,7 @@ async def served(interval_s: float = 60.0) -> AsyncIterator[Served]:
             interval_s=interval_s,
             state_dir=Path("unused"),
             telemetry=it.telemetry,
+            reload=it.reload,
         )
         async with serving_parts(parts) as it.channel:
             it.stub = stub_of(it.channel)
@@ -582,3 +592,39 @@ async def test_long_calls_time_out(
             await call(request_)
     assert caught.value.code() is expected[0]
     assert expected[1] in str(caught.value.details())
+
+
+async def test_settings_are_read_again_once_for_each_request() -> None:
+    """The answer of a repeat is the first one; a wrong file is an error that names the setting; both are audited."""
+    async with served() as it:
+        first = await it.stub.ReloadConfig(admin.ReloadConfigRequest(request_id="1", reason="more"))
+        again = await it.stub.ReloadConfig(admin.ReloadConfigRequest(request_id="1", reason="more"))
+        assert (first.changed[0].name, first.global_step) == ("checkpoint.keep_last", it.status.global_step)
+        assert again == first
+        await it.stub.ReloadConfig(admin.ReloadConfigRequest(request_id="2", reason="more"))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await it.stub.ReloadConfig(admin.ReloadConfigRequest(request_id="3", reason="wrong"))
+        assert "checkpoint.keep_last: is no number" in (caught.value.details() or "")
+        assert it.reloads == ["anonymous"] * 3
+        calls = {call.request_id: call for call in it.journal.calls.values()}
+        assert [calls[name].outcome for name in "123"] == ["OK", "OK", "INVALID_ARGUMENT"]
+
+
+async def test_a_service_that_stops_takes_no_further_operation() -> None:
+    """UNAVAILABLE with the reason; reads, repeats and a halt are answered, and nothing else has happened."""
+    async with served() as it:
+        pause = admin.PauseTrainingRequest(request_id="1", reason="look")
+        await it.stub.PauseTraining(pause)
+        stopped = await it.stub.Shutdown(admin.ShutdownRequest(request_id="2", reason="new kernel"))
+        assert stopped.state == admin.RUN_STATE_DRAINING
+        assert it.status.draining == "new kernel (Shutdown by anonymous)"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await it.stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="3", reason="go on"))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert reason_of(caught.value) == "DRAINING"
+        assert "the service is stopping: new kernel" in (caught.value.details() or "")
+        assert it.run.reasons == ["look"]
+        assert (await it.stub.PauseTraining(pause)).state == admin.RUN_STATE_PAUSED
+        await it.stub.GetStatus(admin.GetStatusRequest())
+        halt = admin.RaiseEmergencyRequest(request_id="4", reason="fire", level=EmergencyLevel.EMERGENCY_LEVEL_HALT)
+        assert (await it.stub.RaiseEmergency(halt)).level == halt.level

@@ -50,6 +50,15 @@ def test_a_call_is_recorded_before_and_after(trail: tuple[AuditTrail, MemoryJour
     )  # fmt: skip
 
 
+def test_a_call_is_recorded_at_the_step_of_its_answer(trail: tuple[AuditTrail, MemoryJournal]) -> None:
+    """As `tolaria lr` says it, also if training has gone on since."""
+    recorder, journal = trail
+    with recorder.recorded("AdjustLearningRate", PAUSE) as took_effect:
+        took_effect(5)
+    (ended,) = journal.calls.values()
+    assert ended.global_step == 5
+
+
 @pytest.mark.parametrize(
     ("error", "outcome"),
     [

@@ -23,7 +23,8 @@ from support.runs import FakePeers, RunUnderTest, new_run, running
 from support.sessions import CaseHandler, run_cases
 from tolaria.config import ControlSettings
 
-KINDS = {method.name: getattr(admin, method.input_type.name) for method in SERVICE.methods}
+# Without Shutdown, which ends the service: it has tests of its own.
+KINDS = {method.name: getattr(admin, method.input_type.name) for method in SERVICE.methods if method.name != "Shutdown"}
 STREAMS = {method.name for method in SERVICE.methods if method.server_streaming}
 # Methods that change most are chosen most often, those that end the run rarely.
 BUSY = [name for name in KINDS if name not in {"StopTraining", "GetStatus", "WatchStatus", *OPEN_METHODS}]

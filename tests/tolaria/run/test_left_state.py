@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import anyio
@@ -113,6 +114,8 @@ async def test_a_rollback_is_undone_bit_by_bit(monkeypatch: pytest.MonkeyPatch) 
         assert oldest < 10
         away = await run.run.roll_back(back_to(oldest))
         assert (away.restored_step, away.left_step, away.left_not_kept) == (oldest, 11, "")
+        assert 86_000 < away.left_kept_until_ns / 1e9 - time.time() <= 86_400  # as checkpoint.keep_superseded_s is
+        assert away.superseded_kept == 2
         row = (await kept(run))[away.left_checkpoint_id]
         assert (row.global_step, row.state) == (11, "superseded")
         await train_to(run, oldest + 2)

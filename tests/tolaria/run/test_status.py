@@ -8,6 +8,7 @@ import pytest
 from google.protobuf.json_format import MessageToJson
 
 from leyline.v1.admin_service_pb2 import (
+    RUN_STATE_DRAINING,
     RUN_STATE_FAILED,
     RUN_STATE_HALTED,
     RUN_STATE_PAUSED,
@@ -333,3 +334,23 @@ def test_the_packet_of_an_epoch_without_an_evaluation_knows_no_loss() -> None:
     metrics = epoch_packet(training(), Averages(), replace(EPOCH, evaluation=sets), wall_ns=1).training_metrics
     assert (metrics["validation.near/accuracy"], metrics["validation.far/loss"]) == (0.75, 3.0)
     assert "validation.far/accuracy" not in metrics
+
+
+def test_before_the_first_step_of_an_epoch_the_throughput_is_that_of_the_last_one() -> None:
+    """Tiny epochs are between two epochs whenever they are looked at."""
+    status = training()
+    status.epoch_done(replace(EPOCH, samples=60))
+    status.begin_epoch(3)
+    assert status_message(status, now_s=20.0).samples_per_s == pytest.approx(40.0)
+    status.sums.add(StepDone(31, 3, 1.0, 0.5, 8, 0.1, 0.05, 50.0))
+    assert status_message(status, now_s=20.0).samples_per_s == pytest.approx(80.0)
+    assert status_message(fresh(), now_s=20.0).samples_per_s == 0
+
+
+def test_a_draining_service_is_shown_before_the_run_has_ended() -> None:
+    """At once, while the last step is still computed; a run that has ended stays what it is."""
+    status = training()
+    status.state, status.draining = RUN_STATE_RUNNING, "SIGTERM"
+    assert status_message(status, now_s=20.0).state == RUN_STATE_DRAINING
+    status.state = RUN_STATE_FAILED
+    assert status_message(status, now_s=20.0).state == RUN_STATE_FAILED

@@ -88,8 +88,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "security": ("certificates", "issuing", "limits", "tokens", "watched", "web_config"),
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),
     "service": (
-        "credentials", "host", "listeners", "notify", "protection", "readiness", "reload", "settings_record", "start",
-        "wiring",
+        "credentials", "foundation", "host", "listeners", "notify", "protection", "readiness", "reload",
+        "settings_record", "start", "wiring",
     ),
     "signals": ("board", "futex", "lane_page", "lane_pulse", "layout", "mapping", "seqlock", "writers"),
     "state": ("arenas", "encoding", "restore", "shared_memory", "snapshots", "training_state"),

@@ -38,7 +38,8 @@ from tolaria.errors import TolariaError
 from tolaria.rollback.protocol import Rollback
 from tolaria.run.resume import load_resume_point, locked_state, prepare_state, run_row
 from tolaria.run.run import TrainingRun
-from tolaria.service.wiring import Core, Foundation, build_lane, new_run
+from tolaria.service.foundation import Foundation, build_lane
+from tolaria.service.wiring import Core, new_run
 from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext

@@ -36,7 +36,8 @@ from tolaria.rollback.protocol import RollbackParticipant
 from tolaria.run.resume import retention_of
 from tolaria.run.run import TrainingRun
 from tolaria.run.status import state_name
-from tolaria.service.wiring import Core, Foundation, RunService
+from tolaria.service.foundation import Foundation
+from tolaria.service.wiring import Core, RunService
 from tolaria.service.wiring import new_run as wire
 from tolaria.signals import SignalBoard
 from tolaria.telemetry.logging import LogContext

@@ -19,11 +19,11 @@ from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import Settings, load_settings
 from tolaria.grpc_server import GrpcServer, bound_server
 from tolaria.journal.rows import RunRow
+from tolaria.service.foundation import Foundation, LaneBuild, build_lane
 from tolaria.service.host import Host
 from tolaria.service.listeners import with_metrics
 from tolaria.service.protection import protected
 from tolaria.service.readiness import publish_health
-from tolaria.service.wiring import Foundation, LaneBuild, build_lane
 from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext

@@ -22,6 +22,7 @@ from tolaria.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from tolaria.export.card import ExportCard
+    from tolaria.export.writing import ExportOrder
 
 export_app = typer.Typer()
 
@@ -112,24 +113,21 @@ def export(
         request.format, request.shard_bytes, request.ema = _NUMBERS[form], shard_mb * _MB, weights is Values.EMA
         _export_there(request, client_target=(address, timeout_s, config_file, overrides), as_json=as_json)
         return
-    directory = state_directory(state_dir, config_file, overrides)
-    from tolaria.export.writing import ExportOrder, export_model  # noqa: PLC0415 - not needed for --help
+    from tolaria.export.writing import ExportOrder  # noqa: PLC0415 - not needed for --help
 
-    order = ExportOrder(
-        directory,
-        checkpoint,
-        form.value,
-        to,
-        fold=fold,
-        job=job,
-        shard_bytes=shard_mb * _MB,
-        values="ema" if weights is Values.EMA else "model",
-    )
+    directory = state_directory(state_dir, config_file, overrides)
+    order = ExportOrder(directory, checkpoint, form.value, to, fold, job, shard_mb * _MB, weights.value)
+    _export_here(order, as_json=as_json)
+
+
+def _export_here(order: ExportOrder, *, as_json: bool) -> None:
+    from tolaria.export.writing import export_model  # noqa: PLC0415 - not needed for --help
+
     try:
         card = export_model(order)
     except OSError as error:
-        raise CommandFailedError(f"{directory} cannot be read: {error.strerror or error}") from None
-    show_card(card, str(to), as_json=as_json)
+        raise CommandFailedError(f"{order.state_dir} cannot be read: {error.strerror or error}") from None
+    show_card(card, str(order.target), as_json=as_json)
 
 
 def state_directory(state_dir: Path | None, config_file: Path | None, overrides: list[str] | None) -> Path:

@@ -27,6 +27,7 @@ from tolaria.rpc.admin import AdminParts, AdminService
 from tolaria.rpc.audit import AuditTrail
 from tolaria.run.resume import RunOutcome
 from tolaria.run.status import state_name
+from tolaria.service.foundation import Foundation
 from tolaria.service.listeners import Listeners
 from tolaria.service.notify import Notifier
 from tolaria.service.readiness import (
@@ -38,7 +39,7 @@ from tolaria.service.readiness import (
     watch_disk,
 )
 from tolaria.service.reload import Reload, has_terminal
-from tolaria.service.wiring import Core, Foundation, RunService, new_ledger, new_run
+from tolaria.service.wiring import Core, RunService, new_ledger, new_run
 from tolaria.status_page.site import StatusPage
 from tolaria.telemetry.exporter import exporter
 

@@ -39,10 +39,10 @@ from tolaria.run.resume import (
     run_row,
 )
 from tolaria.service import settings_record
+from tolaria.service.foundation import Foundation, LaneBuild, build_lane
 from tolaria.service.host import Host
 from tolaria.service.listeners import open_listeners
 from tolaria.service.protection import forbid_core_files
-from tolaria.service.wiring import Foundation, LaneBuild, build_lane
 from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext, Priority, logging_to

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol, cast
+from typing import Final
 
 from anyio.abc import TaskGroup
 
-from tolaria.checkpoint.storage import Storage
-from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import PeerSettings, Settings, is_live
 from tolaria.emergency.supervision import Heartbeats
-from tolaria.images import StateImage
 from tolaria.journal.async_journal import AsyncJournal
-from tolaria.journal.rows import EmergencyRow, RunRow
-from tolaria.lane.messages import LaneReady
 from tolaria.peers.connect import Peer, Peers
 from tolaria.peers.consultation import Consultations
 from tolaria.peers.verification import CommandVerifier
@@ -32,7 +24,7 @@ from tolaria.run.adjustments import RunAdjustments
 from tolaria.run.boundary import BoundaryPolicy, EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.command_handler import CommandHandler
-from tolaria.run.data_skips import DataSkip, DataSkips
+from tolaria.run.data_skips import DataSkips
 from tolaria.run.health import Health
 from tolaria.run.journal_observer import JournalObserver
 from tolaria.run.lane_client import LaneClient, LaneHandle
@@ -42,7 +34,6 @@ from tolaria.run.operations import RunParts
 from tolaria.run.packet_telemetry import PacketTelemetry
 from tolaria.run.profiling import Profiles
 from tolaria.run.recovery import Recovery
-from tolaria.run.restore_points import RestorePoints
 from tolaria.run.restorer import LaneRestorer
 from tolaria.run.resume import retention_of
 from tolaria.run.revival import Revival
@@ -55,87 +46,18 @@ from tolaria.run.status import RunStatus
 from tolaria.run.step_places import StepPlaces
 from tolaria.run.tracking_telemetry import TrackingTelemetry
 from tolaria.run.training_telemetry import TrainingTelemetry
-from tolaria.signals import SignalBoard
+from tolaria.service.foundation import Foundation
 from tolaria.status_page.history import PageHistory
 from tolaria.status_page.sections import PageParts
-from tolaria.telemetry.events import Emitter
-from tolaria.telemetry.logging import LogContext, set_level
-from tolaria.telemetry.metrics import Metrics
+from tolaria.telemetry.logging import set_level
 from tolaria.telemetry.packets import Packets
 from tolaria.telemetry.subscriptions import TelemetryStream
 from tolaria.trackers.supervision import Tracking
 from tolaria.transport.process_lane import ProcessLane
-from tolaria.values.lineage import BranchOrigin
-from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.seeds import NO_SEEDS, limits_of
 
 NO_CONTROLLER: Final = "none (control.enabled is off)"
 """What a status says of a peer that does not exist."""
-
-
-class LaneBuild(Protocol):
-    """A lane that has been built but not started; `tolaria.lane.build` documents it."""
-
-    @property
-    def ready(self) -> LaneReady:
-        """What has been built."""
-
-    def name_run(self, run_id: str) -> None:
-        """Says to the job to which run it belongs."""
-
-    def begin_run(self) -> None:
-        """Gives the model of a new run its first values, if the settings name them."""
-
-    def resume_run(self, image: StateImage, decided: Sequence[ActiveAdjustment]) -> None:
-        """Restores a checkpoint of an earlier process, with the adjustments of the run in `decided`."""
-
-    def lane(self, heartbeat: Heartbeats, traces_dir: Path) -> LaneHandle:
-        """Returns the lane."""
-
-
-def build_lane(settings: Settings) -> LaneBuild:
-    """Builds the job and the lane around it; imports torch. Raises as `tolaria.lane.build.build` does."""
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        # Imported by name, so that torch is not loaded earlier and is absent from the package's import graph.
-        return cast("LaneBuild", importlib.import_module("tolaria.lane.build").build(settings))
-    finally:
-        # A DataLoader installs a handler that raises the failure of a worker wherever the main thread is at that time.
-        if threading.current_thread() is threading.main_thread() and before is not None:
-            signal.signal(signal.SIGCHLD, before)
-
-
-@dataclass(frozen=True, slots=True)
-class Foundation:
-    """What exists before the run. `run` is the run's row; `active_halt` is the halt it was resumed with.
-
-    `open_emergencies` are all that were not cleared, that halt included; `newest_checkpoint_ns` is the Unix time of
-    the checkpoint that was resumed. `build` is that of a lane in this process; otherwise the lane's own process builds
-    it, resumes it from `checkpoint`, an image and the run's adjustments, and `on_ready` is called then.
-    `points` are the restore points that earlier processes of the run have left, `rollbacks` their number of rollbacks
-    by origin, `skips` the data that operators have had them leave out, `branch` where the run has branched off.
-    `reread` reads the sources of the settings again.
-    """
-
-    settings: Settings
-    build: LaneBuild | None
-    board: SignalBoard
-    storage: Storage
-    writer: CheckpointWriter
-    run: RunRow
-    active_halt: EmergencyRow | None
-    metrics: Metrics
-    emitter: Emitter
-    log_context: LogContext
-    open_emergencies: tuple[EmergencyRow, ...] = ()
-    newest_checkpoint_ns: int | None = None
-    checkpoint: tuple[StateImage, tuple[ActiveAdjustment, ...]] | None = None
-    on_ready: Callable[[LaneReady], object] = lambda _ready: None
-    points: RestorePoints = field(default_factory=RestorePoints)
-    rollbacks: Mapping[str, int] = field(default_factory=dict)
-    skips: tuple[DataSkip, ...] = ()
-    branch: BranchOrigin | None = None
-    reread: Callable[[], Settings] = Settings
 
 
 class Core:
@@ -166,24 +88,8 @@ class Core:
         )
         self.history = PageHistory(self.status, foundation.points)
         self.tracking = Tracking(settings, metrics, emitter)
-        ended = [row for row in foundation.open_emergencies if row != foundation.active_halt]
         self.seed_telemetry = SeedTelemetry(settings.gradients, metrics, emitter)
-        self.observers = Observers(
-            TrainingTelemetry(
-                metrics,
-                emitter,
-                foundation.log_context,
-                run_id=self.status.run_id,
-                latency_factor=settings.telemetry.latency_factor,
-            ),
-            self.seed_telemetry,
-            safety_telemetry,
-            LaneTelemetry(metrics, emitter),
-            JournalObserver(self.journal, self.status, foundation.run, active=foundation.active_halt, ended=ended),
-            self.history,
-            PacketTelemetry(emitter.tracer, self.packets),
-            *([TrackingTelemetry(self.tracking, self.status, settings)] if self.tracking.enabled else []),
-        )
+        self.observers = self._observers(safety_telemetry)
         self.process: ProcessLane | None = None
         if foundation.build is not None:
             self.handle: LaneHandle = foundation.build.lane(self.heartbeats, Path(settings.state.dir) / "traces")
@@ -214,6 +120,27 @@ class Core:
             points=foundation.points,
         )
         self.checkpointing.logged = self.status.logged
+
+    def _observers(self, safety_telemetry: SafetyTelemetry) -> Observers:
+        foundation, settings = self.foundation, self.foundation.settings
+        metrics, emitter = foundation.metrics, foundation.emitter
+        ended = [row for row in foundation.open_emergencies if row != foundation.active_halt]
+        return Observers(
+            TrainingTelemetry(
+                metrics,
+                emitter,
+                foundation.log_context,
+                run_id=self.status.run_id,
+                latency_factor=settings.telemetry.latency_factor,
+            ),
+            self.seed_telemetry,
+            safety_telemetry,
+            LaneTelemetry(metrics, emitter),
+            JournalObserver(self.journal, self.status, foundation.run, active=foundation.active_halt, ended=ended),
+            self.history,
+            PacketTelemetry(emitter.tracer, self.packets),
+            *([TrackingTelemetry(self.tracking, self.status, settings)] if self.tracking.enabled else []),
+        )
 
     def page_parts(self) -> PageParts:
         """Returns what the status page shows."""

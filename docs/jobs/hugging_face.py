@@ -1,19 +1,18 @@
 """A model of transformers: a small BERT, trained from scratch to say which of five topics a sentence is about.
 
-    pip install transformers
-    tolaria serve --set preset=plain --set training.job=hugging_face:Job --set training.epochs=4
+    pip install 'tolaria[hf]'
+    tolaria serve --set preset=plain --set training.job=hugging_face:job --set training.epochs=4
     tolaria export --checkpoint best --format hf --to topics    # for BertForSequenceClassification.from_pretrained
 
-To adapt one that has been trained, `build_model` returns `AutoModelForSequenceClassification.from_pretrained(...)`.
+To adapt one that has been trained: `model=lambda: AutoModelForSequenceClassification.from_pretrained(...)`.
 """
 
 import random
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
-from tolaria.jobs import HOST, Batch, Evaluation, JobContext, LoaderCursor
+from tolaria.adapters.hf import HuggingFaceJob
 
 LENGTH, TOPICS = 12, ("weather", "music", "food", "travel", "sport")
 NOUNS = ("rain wind cloud", "song piano choir", "bread soup apple", "train hotel map", "ball goal match")
@@ -45,26 +44,6 @@ def bert():
     )
 
 
-class Job:
-    def __init__(self, context: JobContext):
-        self.seed = context.seed
-
-    def build_model(self):
-        return bert()
-
-    def build_optimizer(self, model):
-        return torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    def training_data(self):
-        return LoaderCursor(DataLoader(sentences(2000, 1), 32, shuffle=True, collate_fn=collate), seed=self.seed)
-
-    def losses(self, model, batch: Batch):
-        return {HOST: model(**batch.payload).loss}
-
-    def validation_batches(self):
-        return [Batch(rows, len(rows["labels"])) for rows in DataLoader(sentences(400, 2), 200, collate_fn=collate)]
-
-    def evaluate(self, model, batch: Batch):
-        output = model(**batch.payload)
-        correct = int((output.logits.argmax(1) == batch.payload["labels"]).sum())
-        return Evaluation(float(output.loss) * batch.samples, correct, batch.samples)
+def job(context):
+    data = {"train": sentences(2000, 1), "validation": sentences(400, 2)}
+    return HuggingFaceJob(context, model=bert, data=data, collator=collate, batch_size=32, learning_rate=1e-3)

@@ -1,8 +1,8 @@
 """A language model on a stream without an end: windows of characters from text files, by default Python's own library.
 
-    tolaria serve --set preset=plain --set training.job=language_model:Job --set training.epochs=4
+    tolaria serve --set preset=plain --set training.job=language_model:Job --set training.steps=400
 
-The stream has a state, so that a rollback or a restart goes on at the same place; an epoch is 100 batches of it.
+The stream has a state, so that a rollback or a restart goes on at the same place.
 """
 
 import sysconfig
@@ -65,7 +65,7 @@ class Job:
         return torch.optim.AdamW(model.parameters(), lr=3e-3)
 
     def training_data(self):
-        return LoaderCursor(Stream(training=True), seed=self.seed, batches_per_epoch=100)
+        return LoaderCursor(Stream(training=True), seed=self.seed)
 
     def losses(self, model, batch: Batch):
         return {HOST: model.loss(batch.payload)}

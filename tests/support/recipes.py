@@ -52,7 +52,7 @@ def counts(name: str) -> tuple[int, int, int, int]:
     own = [
         node
         for node in ast.parse(source).body
-        if (isinstance(node, ast.ClassDef) and node.name == "Job")
+        if (isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name.lower() == "job")
         or (isinstance(node, ast.ImportFrom) and str(node.module).startswith("tolaria"))
     ]
     job = lines & {n for node in own for n in range(node.lineno, (node.end_lineno or node.lineno) + 1)}

@@ -40,14 +40,16 @@ def test_a_recipe_is_short(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs(name: str, tmp_path: Path) -> None:
-    """By the command at its top, for three epochs: the run finishes without a halt or a rollback, and has learnt."""
+    """By the command at its top, for three evaluations: the run finishes, without a rollback, and has learnt."""
     source = (JOBS / f"{name}.py").read_text(encoding="utf-8")
     shutil.copy(JOBS / f"{name}.py", tmp_path)
     command = re.search(r"^ *tolaria serve (.*)$", source, re.MULTILINE)
     assert command is not None
     given = re.findall(r"--set (\S+)", command[1])
-    assert f"training.job={name}:Job" in given
-    settings = [*given, "training.epochs=3", "service.exit_when_done=true"]
+    assert {f"training.job={name}:Job", f"training.job={name}:job"} & set(given)
+    steps = ("training.steps=300", "training.evaluate_every_steps=100")
+    length = steps if any("training.steps" in each for each in given) else ("training.epochs=3",)
+    settings = [*given, *length, "service.exit_when_done=true"]
     with serve(*settings, cwd=tmp_path) as service:
         assert service.wait(240) == 0
         events = service.events()

@@ -78,7 +78,7 @@ async def _served(
     run = await anyio.to_thread.run_sync(make)
     closing = anyio.Event()
     made = partial(
-        StatusPage, run.core.page_parts(), run.journal, run.metrics, closing=closing, viewers_max=viewers_max
+        StatusPage, run.core.page, run.journal, run.metrics, closing=closing, viewers_max=lambda: viewers_max
     )
     page = await anyio.to_thread.run_sync(made)
     guard = WebGuard(config, run.metrics, 64)

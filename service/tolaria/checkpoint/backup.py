@@ -17,7 +17,7 @@ from typing import Final
 
 from tolaria import __version__
 from tolaria.checkpoint.archive import BackupManifest, Purpose, open_writer
-from tolaria.checkpoint.directory import CHECKPOINTS, JOURNAL, PEERS, SETTINGS
+from tolaria.checkpoint.directory import CHECKPOINTS, JOURNAL, PEERS, RUN_SETTINGS, SETTINGS
 from tolaria.checkpoint.format import FILES, read_checkpoint
 from tolaria.errors import BackupError, CheckpointDamagedError, CheckpointUnreadableError
 from tolaria.filesystem import Filesystem
@@ -156,6 +156,8 @@ def _other_files(directory: Path) -> Sequence[str]:
     """Returns paths of files that are replaced as a whole, never written in place."""
     peers = directory / PEERS
     found = [f"{PEERS}/{path.name}" for path in sorted(peers.glob("*.json"))] if peers.is_dir() else []
+    runs = directory / RUN_SETTINGS
+    found += [f"{RUN_SETTINGS}/{path.name}" for path in sorted(runs.glob("*.json"))] if runs.is_dir() else []
     return [SETTINGS, *found]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from tolaria.checkpoint.archive import BACKUP, Backup, BackupManifest, open_backup
-from tolaria.checkpoint.directory import CHECKPOINTS, JOURNAL, LOCK, PEERS, SETTINGS
+from tolaria.checkpoint.directory import CHECKPOINTS, JOURNAL, LOCK, PEERS, RUN_SETTINGS, SETTINGS
 from tolaria.checkpoint.inspection import inspect_storage
 from tolaria.errors import BackupDamagedError, BackupError, JournalNewerError, StateRefusedError
 from tolaria.filesystem import Filesystem, write_durably
@@ -175,7 +175,7 @@ def _move_away(directory: Path, begun: Path, old: Path, files: Filesystem) -> No
     What a backup does not hold stays: exports, traces, the quarantine.
     """
     new = set(files.names(begun))
-    owned = [*_JOURNAL_FILES, SETTINGS, PEERS, *([CHECKPOINTS] if CHECKPOINTS in new else [])]
+    owned = [*_JOURNAL_FILES, SETTINGS, RUN_SETTINGS, PEERS, *([CHECKPOINTS] if CHECKPOINTS in new else [])]
     found = [name for name in owned if (directory / name).exists()]
     if found and not old.exists():
         files.make_directory(old)

@@ -116,7 +116,8 @@ class EarlySignals:
         """
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
-        signal.signal(signal.SIGHUP, lambda _number, _frame: None)  # a function: children do not inherit it
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(signal.SIGHUP, lambda _number, _frame: None)  # a function: children do not inherit it
 
     @property
     def exit_code(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
-from tolaria.checkpoint.directory import CHECKPOINTS, JOURNAL, SETTINGS
+from tolaria.checkpoint.directory import CHECKPOINTS, JOURNAL, RUN_SETTINGS, SETTINGS
 from tolaria.checkpoint.format import Manifest, read_checkpoint
 from tolaria.checkpoint.store import Retention
 from tolaria.errors import CheckpointDamagedError, NoCheckpointError
@@ -106,9 +106,10 @@ def _read(directory: Path, row: CheckpointRow) -> Source:
 
 
 def _recorded(directory: Path, run_id: str | None) -> dict[str, dict[str, Any]]:
-    """Returns the recorded settings of the newest run; nothing if they are another run's or cannot be read."""
+    """Returns the recorded settings of a run, or of the newest; nothing if there are none or they cannot be read."""
+    own = directory / RUN_SETTINGS / f"{run_id}.json"
     try:
-        record = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
+        record = json.loads((own if run_id and own.is_file() else directory / SETTINGS).read_text(encoding="utf-8"))
         known = record["settings"] if run_id in {None, record["run_id"]} else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -20,7 +22,7 @@ from tolaria.journal.database import (
     translated_errors,
     write_schema,
 )
-from tolaria.journal.rows import SCHEMA_VERSION, CheckpointRow, VersionRow, row_types
+from tolaria.journal.rows import DATA_SKIPS, SCHEMA_VERSION, CheckpointRow, CommandRow, VersionRow, row_types
 from tolaria.values.lineage import FIRST_ATTEMPT
 
 if TYPE_CHECKING:
@@ -30,6 +32,10 @@ OLDEST_SCHEMA: Final = 1
 
 _LINEAGE_SINCE: Final = 2
 """Schema that first recorded the ancestors of checkpoints."""
+
+
+_SKIPS_SINCE: Final = 4
+"""Schema of the first versions that leave out data on request."""
 
 
 class OpenJournal:
@@ -102,6 +108,11 @@ class OpenJournal:
 
     def _obstacles(self, target: int) -> Iterator[str]:
         """Yields why a version with the older schema could not go on with this state."""
+        if target < _SKIPS_SINCE and any(map(_has_skips, self._rows(CommandRow))):
+            yield (
+                f"versions with schema {target} would train on the data that operators have left out (tolaria skip "
+                "--list); undo these skips first, or keep this version"
+            )
         if target >= _LINEAGE_SINCE or self.schema < _LINEAGE_SINCE:
             return
         upgrades = [row.at_ns for row in self._rows(VersionRow) if 0 < row.schema_from < _LINEAGE_SINCE]
@@ -121,6 +132,15 @@ class OpenJournal:
         if kind not in row_types(self.schema):
             return []
         return select_rows(self._connection, kind, "ORDER BY rowid", (), version=self.schema)
+
+
+def _has_skips(row: CommandRow) -> bool:
+    """Whether this row has skips of data that hold."""
+    if row.kind != DATA_SKIPS:
+        return False
+    with suppress(ValueError, TypeError, AttributeError):
+        return any(skip.get("removed_at_ns") is None for skip in json.loads(row.reason))
+    return True
 
 
 def _rewrite(connection: sqlite3.Connection, version: int, target: int) -> None:

@@ -88,6 +88,10 @@ class CheckpointRow(Row):
         return bool(self.suspect and not self.proven)
 
 
+DATA_SKIPS: Final = "data_skips"
+"""Kind of a row of the commands whose `reason` has the data that operators have left out, as JSON."""
+
+
 @dataclass(frozen=True, slots=True)
 class CommandRow(Row):
     """A command from Tamiyo and the step at which it took effect. `outcome` is applied or rejected."""

@@ -24,6 +24,11 @@ class EarlyStopping:
         self._metric, self._best, self._best_step, self._since = settings.judged_by, math.nan, 0, 0
 
     @property
+    def wanted(self) -> bool:
+        """Whether the settings name a metric."""
+        return bool(self._settings.metric)
+
+    @property
     def due(self) -> bool:
         """Whether enough evaluations in a row were not better."""
         settings = self._settings

@@ -93,9 +93,13 @@ class SnapshotManager:
         if module.averages is not None:
             parts[AVERAGES] = module.averages
         parts |= module.callbacks.parts
-        parts[EARLY_STOPPING] = module.early_stopping
+        # Only where it is wanted, or a restored state has it: earlier versions do not know it.
+        dormant = {EARLY_STOPPING: module.early_stopping}
+        parts |= dormant if module.early_stopping.wanted else {}
         optional = (*module.callbacks.parts, AVERAGES, EARLY_STOPPING, "job", "losses", "lr_scheduler", "requires_grad")
-        self.state = TrainingState(module, parts, topology=self._structure, optional=optional, stepped=(AVERAGES,))
+        self.state = TrainingState(
+            module, parts, topology=self._structure, optional=optional, dormant=dormant, stepped=(AVERAGES,)
+        )
         allocate = memory or private_memory
         self._ring = SnapshotRing(
             bytes_max=settings.memory_mb * _MIB, entries_max=settings.snapshots_max, seal=True, allocate=allocate

@@ -15,7 +15,7 @@ import structlog
 from tolaria.errors import InvalidFieldError, LaneLostError, WrongStateError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.database import Journal
-from tolaria.journal.rows import CommandRow
+from tolaria.journal.rows import DATA_SKIPS, CommandRow
 from tolaria.lane.messages import SetSkippedRanges
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
@@ -23,7 +23,7 @@ from tolaria.run.status import RunStatus
 from tolaria.run.step_places import StepPlaces
 from tolaria.values.training import BatchRange, merged
 
-KIND: Final = "data_skips"
+KIND: Final = DATA_SKIPS
 """Kind of the one row of a run, in the table of commands, that has the skips as JSON in its `reason`."""
 
 SKIPS_MAX: Final = 1000

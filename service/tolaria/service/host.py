@@ -64,18 +64,18 @@ class Host:
             self._settings, foundation.reread, listeners.protection, foundation.emitter, self._core.status.run_id
         )
         self._admin: AdminService | None = None
-        self._had_terminal = has_terminal()
+        self._had_terminal = has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
         self._metrics_address = str(listeners.metrics_address)
         self._drain_until_s = math.inf
         self._drained = anyio.Event()
         self._closing = anyio.Event()
-        served = self._settings.metrics
+        guard = listeners.protection.guard
         self._page = StatusPage(
-            self._core.page_parts(),
+            self._core.page,
             self._core.journal,
             foundation.metrics,
             closing=self._closing,
-            viewers_max=min(served.viewers_max, served.connections_max // 2),
+            viewers_max=lambda: min(self._settings.metrics.viewers_max, guard.connections_max // 2),
         )
         self._refused: TolariaError | None = None
         self.ending: RunOutcome | None = None
@@ -158,7 +158,8 @@ class Host:
         status = self._core.status
         state = "recovering" if status.recovering else state_name(status.state)
         reason = f": {status.state_reason}" if status.state_reason else ""
-        return f"{state}, epoch {status.epoch} of {status.epochs}, step {status.global_step}{reason}"
+        epochs, steps = (f" of {count}" if count else "" for count in (status.epochs, status.steps))
+        return f"{state}, epoch {status.epoch}{epochs}, step {status.global_step}{steps}{reason}"
 
     async def _handle_signals(self, tasks: TaskGroup, signals: AsyncIterator[signal.Signals]) -> None:
         """Has the service drain or read its settings again; a second signal to drain stops at once."""

@@ -120,6 +120,15 @@ class Core:
             points=foundation.points,
         )
         self.checkpointing.logged = self.status.logged
+        self.page = PageParts(
+            settings=settings,
+            status=self.status,
+            safety=self.safety,
+            health=self.health,
+            checkpointing=self.checkpointing,
+            points=foundation.points,
+            history=self.history,
+        )
 
     def _observers(self, safety_telemetry: SafetyTelemetry) -> Observers:
         foundation, settings = self.foundation, self.foundation.settings
@@ -142,18 +151,6 @@ class Core:
             *([TrackingTelemetry(self.tracking, self.status, settings)] if self.tracking.enabled else []),
         )
 
-    def page_parts(self) -> PageParts:
-        """Returns what the status page shows."""
-        return PageParts(
-            settings=self.foundation.settings,
-            status=self.status,
-            safety=self.safety,
-            health=self.health,
-            checkpointing=self.checkpointing,
-            points=self.foundation.points,
-            history=self.history,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class LiveParts:
@@ -171,6 +168,7 @@ class LiveParts:
         """Has each part use these settings from its next decision on; those that are not live are as before."""
         core = self.core
         set_level(settings.logging.level)
+        core.page.settings = settings
         core.telemetry.settings = settings.telemetry
         core.seed_telemetry.settings = settings.gradients
         core.checkpointing.settings = settings.checkpoint

@@ -67,6 +67,7 @@ class StagedRestore:
         self._state = state
         self._image = image
         self.values: Mapping[str, Any] = json.loads(image.values)
+        state.wake(self.values["parts"])
         _check_parts(state, self.values)
         topology = state.topology
         self.changes_topology = (

@@ -87,6 +87,7 @@ class TrainingState:
         parts: other parts by name. The names belong to the state: an image with other parts does not fit.
         optional: parts that an image may lack, as one of an earlier version or an earlier form of the job does. Such a
             part stays as it is when the image is restored.
+        dormant: parts that the state has once an image with them is restored.
         stepped: parts whose tensors every step changes.
         topology: the part whose loading changes which parameters and parameter groups exist; None if none does.
 
@@ -101,17 +102,26 @@ class TrainingState:
         *,
         topology: StatePart | None = None,
         optional: Collection[str] = (),
+        dormant: Mapping[str, StatePart] = MappingProxyType({}),
         stepped: Collection[str] = (),
     ) -> None:
         self.live = live
         self.stepped = frozenset(stepped)
         self.optional = frozenset(optional)
+        self._dormant = dict(dormant)
         self.parts = MappingProxyType({name: parts[name] for name in sorted(parts)})
         self.topology = topology
         self.before_gather: Callable[[], object] = lambda: None
         for name, module in live.model.named_modules():
             if type(module).get_extra_state is not nn.Module.get_extra_state:
                 raise StateUnsupportedError(name, "the module has extra state beside parameters and buffers")
+
+    def wake(self, names: Collection[str]) -> None:
+        """Has the dormant parts with these names be parts of the state."""
+        woken = {name: part for name, part in self._dormant.items() if name in names}
+        if woken.keys() - self.parts.keys():
+            parts = {**self.parts, **woken}
+            self.parts = MappingProxyType({name: parts[name] for name in sorted(parts)})
 
     def survey(self, only: Collection[str] | None = None) -> Survey:
         """Lists the whole state, or the state without other parts than `only`.

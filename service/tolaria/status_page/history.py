@@ -93,9 +93,9 @@ class PageHistory(RunObserver):
     def on_epoch(self, epoch: EpochDone, *, show_layers: bool) -> None:
         del show_layers
         figures, step = epoch.evaluation.figures(), epoch.global_step
-        self.curves["validation_loss"].add(step, figures["loss"])
-        if "accuracy" in figures:
-            self.curves["accuracy"].add(step, figures["accuracy"])
+        for curve, name in (("validation_loss", "loss"), ("accuracy", "accuracy")):
+            if name in figures:
+                self.curves[curve].add(step, figures[name])
         self._own("evaluation", {name: value for name, value in figures.items() if name not in _GENERAL}, step)
 
     def on_boundary(self, status: RunStatus, epoch: EpochDone, *, budget_ms: float, breach: bool) -> None:

@@ -36,9 +36,9 @@ TEXT_MAX: Final = 300
 _NS_PER_MS: Final = 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PageParts:
-    """What the page shows: settings, and parts of the run that keep plain values."""
+    """What the page shows: settings, which a reload replaces, and parts of the run that keep plain values."""
 
     settings: Settings
     status: RunStatus
@@ -92,6 +92,8 @@ class Sections:
             "version": __version__,
             "device": parts.history.device,
             "epochs": parts.status.epochs,
+            "steps": parts.status.steps,
+            "evaluates": parts.status.evaluates,
             "first_step": parts.history.first_step,
             "controlled": parts.settings.control.enabled,
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import Final
 
@@ -66,11 +66,17 @@ class StatusPage:
         journal: read when something has been written to it, and a viewer is there.
         metrics: counts viewers.
         closing: set when the service is about to end: streams end too, and say so.
-        viewers_max: viewers at the same time; a further one is refused. 0: there is no page.
+        viewers_max: returns the number of viewers at the same time; a further one is refused. 0: there is no page.
     """
 
     def __init__(
-        self, parts: PageParts, journal: AsyncJournal, metrics: Metrics, *, closing: anyio.Event, viewers_max: int
+        self,
+        parts: PageParts,
+        journal: AsyncJournal,
+        metrics: Metrics,
+        *,
+        closing: anyio.Event,
+        viewers_max: Callable[[], int],
     ) -> None:
         self._sections = Sections(parts)
         self.frames = Frames(self._sections.builders, parts.history.curves)
@@ -82,13 +88,13 @@ class StatusPage:
         self._viewers = 0
         self._next_s = 0.0
         self._wanted = anyio.Event()
-        self._files = {} if viewers_max == 0 else {name: _file(name) for name in FILES}
+        self._files = {} if viewers_max() == 0 else {name: _file(name) for name in FILES}
         metrics.page_viewers.set(0)
         metrics.page_viewers_dropped_total.inc(0)
 
     def routes(self) -> Sequence[web.RouteDef]:
         """Returns the routes to add to the metrics server."""
-        if self._viewers_max == 0:
+        if not self._files:
             return []
         return [
             web.get("/", self._index),
@@ -139,8 +145,8 @@ class StatusPage:
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         await self._pace()
-        if self._viewers >= self._viewers_max:
-            text = f"there are {self._viewers_max} viewers already (metrics.viewers_max)\n"
+        if self._viewers >= (viewers_max := self._viewers_max()):
+            text = f"there are {viewers_max} viewers already (metrics.viewers_max)\n"
             return web.Response(status=503, text=text, headers={**HEADERS, "Retry-After": "5"})
         response = web.StreamResponse(headers={**HEADERS, "Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         response.content_type = "text/event-stream"

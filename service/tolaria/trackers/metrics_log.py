@@ -128,7 +128,7 @@ class MetricsLog:
         """Creates a segment, which begins with the run as it is before `record`, and removes the oldest ones."""
         self._close_segment()
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._descriptor = os.open(segment_path(self._directory, number), flags, 0o644)
+        self._descriptor = os.open(segment_path(self._directory, number), flags, 0o600)
         self._at = self.written = LogPosition(number, 0)
         for old in segments_in(self._directory)[:-_SEGMENTS]:
             with suppress(FileNotFoundError):

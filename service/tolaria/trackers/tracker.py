@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Final, Protocol
+from urllib.parse import urlsplit
 
 from pydantic import JsonValue
 
@@ -171,6 +172,11 @@ def _problems_of_own(name: str, options: Mapping[str, JsonValue]) -> Iterator[st
             yield f"tracking.options.{name}.{option}: unknown option; {suggestion(option, kind.options)}"
         elif not isinstance(value, str):
             yield f"tracking.options.{name}.{option}: is not a text, got {value!r}"
+        elif option == "uri" and urlsplit(value).password:
+            yield (
+                f"tracking.options.{name}.{option}: has a password, but options are shown and recorded; set "
+                f"{name.upper()}_TRACKING_USERNAME and {name.upper()}_TRACKING_PASSWORD"
+            )
 
 
 def _location(name: str) -> str:

@@ -19,6 +19,9 @@ SETS_MAX: Final = 16
 TRAINING: Final = "training"
 """The part before the slash in the names of metrics of training, as a set's name is in those of evaluations."""
 
+AVERAGES: Final = "ema"
+"""Before the figures of the moving average of the weights, as NAME/FIGURE."""
+
 RESERVED: Final = frozenset({"loss", "accuracy"})
 """The names of the figures that every evaluation has."""
 
@@ -40,8 +43,9 @@ def set_names_problem(names: Sequence[object]) -> str | None:
     for name in names:
         if not isinstance(name, str) or not _SET_NAME.fullmatch(name):
             return f"the set {name!r} needs a name of 1 to 32 letters, digits, underscores, dots and dashes"
-        if name == TRAINING:
-            return f"a set cannot be named {name!r}: {name}/loss is the loss of training"
+        if name in {TRAINING, AVERAGES}:
+            whose = "of training" if name == TRAINING else "of the averaged weights"
+            return f"a set cannot be named {name!r}: {name}/loss is the loss {whose}"
     return None if names else "the mapping of validation sets is empty: return None for a run without evaluation"
 
 

@@ -33,6 +33,8 @@ def test_a_backup_is_whole_and_private_and_changes_nothing(name: str, old_state:
     (old_state / "settings.json").write_text("{}")
     (old_state / "peers").mkdir()
     (old_state / "peers" / "tamiyo-1.json").write_text("[]")
+    (old_state / "runs").mkdir()
+    (old_state / "runs" / "earlier.json").write_text("{}")
     (old_state / "traces").mkdir()
     (old_state / "traces" / "large.json").write_text("not part of the state")
     before = contents(old_state)
@@ -44,7 +46,7 @@ def test_a_backup_is_whole_and_private_and_changes_nothing(name: str, old_state:
         assert backup.manifest == made
     paths = {file.path for file in made.files}
     assert paths == {
-        "journal.sqlite3", "settings.json", "peers/tamiyo-1.json",
+        "journal.sqlite3", "settings.json", "runs/earlier.json", "peers/tamiyo-1.json",
         *(f"checkpoints/{i}/{f}" for i in IDS for f in ("tensors.safetensors", "state.json", "manifest.json")),
     }  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "state"])

@@ -25,6 +25,11 @@ ARGUMENTS: dict[str, list[str]] = {
     "lr": ["--factor", "0.5"],
     "emergency raise": ["halt"],
     "export": ["--to", "x"],
+    "skip": ["--list"],
+    "branch": ["--to", "x"],
+    "backup": ["--to", "x"],
+    "restore-backup": ["--from", "x"],
+    "state downgrade": ["--to", "3"],
 }
 """What commands of a service need besides a reason."""
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import json
 import sqlite3
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,6 +115,19 @@ def test_a_downgrade_that_would_lose_a_run_is_refused(changes: dict[str, object]
         opened.refuse_downgrade(2)
         with pytest.raises(StateRefusedError, match=reason):
             opened.refuse_downgrade(1)
+
+
+@pytest.mark.parametrize(("removed_at_ns", "refused"), [(None, True), (5, False)])
+def test_a_downgrade_does_not_undo_skips_of_data(removed_at_ns: int | None, refused: bool, tmp_path: Path) -> None:
+    """An older version would train on what operators have left out."""
+    path = tmp_path / "j"
+    skips = json.dumps([{"skip_id": "a", "removed_at_ns": removed_at_ns}])
+    with Journal(path) as journal:
+        journal.put(CommandRow("data_skips@run", 1, "run", "data_skips", 4, "applied", skips))
+    with OpenJournal(path) as opened:
+        opened.refuse_downgrade(4)
+        with pytest.raises(StateRefusedError, match="data that operators have left out") if refused else nullcontext():
+            opened.refuse_downgrade(3)
 
 
 def test_a_journal_that_began_with_a_later_schema_does_not_go_below_it(tmp_path: Path) -> None:

@@ -104,6 +104,13 @@ def test_a_rollback_undoes_the_count_and_the_end() -> None:
                 assert restored.state_digest == restored.expected_digest
 
 
+@pytest.mark.parametrize(("metric", "known"), [("", False), ("score", True)])
+def test_only_a_run_with_early_stopping_has_its_part(metric: str, known: bool) -> None:
+    """Versions without it restore the states of the others."""
+    state = lane_of([1], metric=metric).snapshots.state
+    assert ("early_stopping" in state.parts) is known
+
+
 @pytest.mark.parametrize(("fields", "stops"), [({}, True), ({"patience": 3}, False), ({"metric": ""}, False)])
 def test_a_run_that_was_stopped_stays_so_until_there_is_more_patience(fields: dict[str, Any], stops: bool) -> None:
     """Another process of the same settings has nothing to do; with others it goes on."""

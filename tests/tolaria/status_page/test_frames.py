@@ -146,7 +146,7 @@ def crowded() -> tuple[Sections, Any]:
         history.on_step(replace(step, global_step=number, loss=math.sin(number)))
     info = SnapshotInfo(Position(1, 1), 5, "d", 1)
     status.snapshots = tuple(replace(info, position=Position(number, 1)) for number in range(16))
-    sections = Sections(run.core.page_parts())
+    sections = Sections(run.core.page)
     sections.rows = JournalRows(
         tuple(Incident(name, "rollback", 1, 5, long, {"outcome": MARKUP, "origin": long}) for name in names),
         tuple(CheckpointRow(name, 1, "run", 5, 1, 100, "d", None) for name in names),

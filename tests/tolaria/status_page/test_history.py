@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import anyio
 import pytest
 
 from leyline.v1 import enums_pb2 as enums
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
+from leyline.v1.state_pb2 import HardwareContext
 from support.runs import FakePeers, RunUnderTest, new_run, running, train_to
+from tolaria.lane.messages import EpochDone
 from tolaria.rollback.protocol import Rollback
 from tolaria.status_page.history import GROUPS_MAX, last_common_step
 from tolaria.status_page.seed_timeline import SEEDS_MAX, STAGES_MAX, SeedTimeline
+from tolaria.values.evaluation import Evaluation
 from tolaria.values.lineage import Lineage
 
 pytestmark = pytest.mark.anyio
@@ -50,6 +55,17 @@ async def test_a_run_has_curves_and_a_rollback_cuts_them() -> None:
         await train_to(run, 6)
         assert [point.first for point in history.curves["loss"].points] == list(range(1, 7))
         await stop(run)
+
+
+async def test_an_epoch_without_an_evaluation_has_no_point() -> None:
+    """The run goes on."""
+    run = new_run(FakePeers(), epochs=3)
+    history = run.core.history
+    epoch = EpochDone(1, 8, Evaluation.of_sets({}), 1.0, 0.0, {}, 0.0, HardwareContext())
+    history.on_epoch(epoch, show_layers=True)
+    assert not history.curves["validation_loss"].points
+    history.on_epoch(replace(epoch, evaluation=Evaluation(4.0, 1, 2)), show_layers=True)
+    assert len(history.curves["validation_loss"].points) == 1
 
 
 async def test_a_rollback_to_a_branch_that_was_left_removes_what_it_did_not_pass() -> None:

@@ -86,7 +86,7 @@ async def served(
     run = run or new_run(FakePeers(), run_name="<b>run</b>")
     closing = anyio.Event()
     made = partial(
-        StatusPage, run.core.page_parts(), run.journal, run.metrics, closing=closing, viewers_max=viewers_max
+        StatusPage, run.core.page, run.journal, run.metrics, closing=closing, viewers_max=lambda: viewers_max
     )
     page = await anyio.to_thread.run_sync(made)  # it reads files
     guard = WebGuard(config, run.metrics, 64)

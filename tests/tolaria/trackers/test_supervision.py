@@ -150,6 +150,10 @@ async def test_a_log_that_cannot_be_written_is_reported_once(tmp_path: Path, mon
         ({"trackers": "tensorbord"}, "no tracker 'tensorbord'; did you mean tensorboard"),
         ({"trackers": "mlflow,wandb", "options": {"mlflow": {"url": "x"}}}, "options.mlflow.url: unknown.*uri"),
         ({"trackers": "wandb", "options": {"wandb": {"project": 1}}}, "options.wandb.project: is not a text, got 1"),
+        (
+            {"trackers": "mlflow", "options": {"mlflow": {"uri": "https://me:secret@host"}}},
+            "options.mlflow.uri: has a password.*MLFLOW_TRACKING_PASSWORD",
+        ),
         ({"trackers": "wandb", "options": {"mlflow": {}}}, "tracking.options.mlflow: mlflow is not in"),
         ({"trackers": "wandb, wandb"}, "names one twice"),
     ],

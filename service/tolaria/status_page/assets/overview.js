@@ -36,11 +36,15 @@ function reasonOf(state, clock) {
 
 function showProgress(run, state) {
   const ofEpoch = Math.min(1, state.epoch_step / Math.max(1, state.steps_per_epoch));
-  const finished = state.state === "finished" && state.epoch >= run.epochs;
-  const ofRun = finished ? 1 : Math.min(1, (Math.max(0, state.epoch - 1) + ofEpoch) / Math.max(1, run.epochs));
+  const finished = state.state === "finished" && (run.steps ? state.step >= run.steps : state.epoch >= run.epochs);
+  const byEpochs = (Math.max(0, state.epoch - 1) + ofEpoch) / Math.max(1, run.epochs);
+  const ofRun = finished ? 1 : Math.min(1, run.steps ? state.step / run.steps : byEpochs);
+  const ran = run.steps
+    ? `${whole(state.step)} / ${whole(run.steps)} steps`
+    : `${whole(state.epoch)} / ${whole(run.epochs)} epochs`;
   byId("run-progress").value = ofRun;
   byId("epoch-progress").value = ofEpoch;
-  setText(byId("run-progress-text"), `${whole(state.epoch)} / ${whole(run.epochs)} epochs`);
+  setText(byId("run-progress-text"), ran);
   setText(byId("epoch-progress-text"), `${whole(state.epoch_step)} / ${whole(state.steps_per_epoch)} steps`);
 }
 
@@ -55,7 +59,8 @@ function showFigures({ run, state }) {
     ["Rollbacks", whole(state.rollbacks), `attempt ${whole(state.attempt)}`],
     ["Proven at", state.proven_step === null ? "–" : whole(state.proven_step), "newest restore point"],
   ];
-  const shown = rows.filter(([name]) => name !== "Accuracy" || state.accuracy !== null || state.validation_loss === null);
+  const evaluated = rows.filter(([name]) => run.evaluates || (name !== "Accuracy" && name !== "Validation loss"));
+  const shown = evaluated.filter(([name]) => name !== "Accuracy" || state.accuracy !== null || state.validation_loss === null);
   replaceContent(byId("key-figures"), ...shown.map(([name, value, note]) => element("div", {},
     element("dt", {}, name), element("dd", { class: "number" }, value), note ? element("dd", { class: "note" }, note) : null)));
   byId("key-figures").dataset.run = run.id;

@@ -9,7 +9,7 @@ import { showFigures, showIncidents, showPoints, showRanks, showSafety } from ".
 
 const data = {};
 const curves = new Map();
-const told = { state: "", incident: null, link: "" };
+const announced = { state: "", incident: null, link: "" };
 
 const charts = [
   new Chart(byId("chart-loss"), {
@@ -68,16 +68,16 @@ function show(frame, isFull) {
 function announce() {
   const { state, incidents } = data;
   const sentences = [];
-  if (told.state && told.state !== state.state) {
+  if (announced.state && announced.state !== state.state) {
     sentences.push(`The run is ${state.state}${state.reason ? `: ${state.reason}` : ""}.`);
   }
   const newest = incidents.rows[0];
   const key = newest ? `${newest.at_ms} ${newest.kind}` : "";
-  if (told.incident !== null && key && told.incident !== key) {
+  if (announced.incident !== null && key && announced.incident !== key) {
     sentences.push(`New incident at step ${newest.step}: ${newest.kind.replaceAll("_", " ")}, ${newest.reason}.`);
   }
-  told.state = state.state;
-  told.incident = key;
+  announced.state = state.state;
+  announced.incident = key;
   if (sentences.length) setText(byId("announcer"), sentences.join(" "));
 }
 
@@ -89,8 +89,8 @@ function link(state, text) {
   const at = data.clock ? ` Last data: ${new Date(data.clock.now_ms).toLocaleTimeString("en-GB")}.` : "";
   setText(banner, state === "live" ? "" : text + at);
   banner.hidden = state === "live";
-  if (state !== told.link && told.link) setText(byId("announcer"), state === "live" ? "Connected again." : text);
-  told.link = state;
+  if (state !== announced.link && announced.link) setText(byId("announcer"), state === "live" ? "Connected again." : text);
+  announced.link = state;
   if (state === "stopped" && data.run) document.title = `stopped: ${runName(data)} – Tolaria`;
 }
 

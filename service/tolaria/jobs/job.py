@@ -60,6 +60,15 @@ class StepLog:
         values, self._values = self._values, {}
         return {name: sum(map(float, found)) / len(found) for name, found in values.items()}
 
+    def put_aside(self) -> dict[str, list[float | Tensor]]:
+        """Returns the values since the last `take`, for `put_back`; what is logged in between is forgotten."""
+        values, self._values = self._values, {}
+        return values
+
+    def put_back(self, values: dict[str, list[float | Tensor]]) -> None:
+        """Takes back what `put_aside` has returned."""
+        self._values = values
+
     def clear(self) -> None:
         """Forgets the values since the last `take`, but no name."""
         self._values.clear()

@@ -113,13 +113,9 @@ class BuiltLane:
     def resume(self, image: StateImage, decided: Sequence[ActiveAdjustment] = ()) -> Restored:
         """Restores a checkpoint of an earlier process, with the run's adjustments of learning rates, `decided`.
 
-        A run that was stopped early goes on if the settings have more patience now. Raises as
-        `SnapshotManager.restore_image` does.
+        Raises as `SnapshotManager.restore_image` does.
         """
-        restored, module = self.snapshots.restore_image(image, decided=decided), self.module
-        if module.progress.stop and not module.early_stopping.due:
-            module.progress = replace(module.progress, stop="")
-        return restored
+        return self.snapshots.restore_image(image, decided=decided)
 
     def start_from(self, plan: RestorePlan, image: StateImage | None) -> None:
         """Restores what the plan says. Raises LaneFailedError if none of its snapshots can be restored.

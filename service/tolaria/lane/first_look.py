@@ -6,7 +6,7 @@ has the digest that it had before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from typing import Final, TypeAlias, TypeVar, cast
 
@@ -22,7 +22,7 @@ from tolaria.errors import (
     StateUnsupportedError,
 )
 from tolaria.images import StateImage
-from tolaria.jobs import BatchCursor, StatefulJob, TrainingJob
+from tolaria.jobs import BatchCursor, LoaderCursor, StatefulJob, TrainingJob
 from tolaria.lane.device import on_device
 from tolaria.lane.evaluation import METHOD, batches_of, evaluated, sets_of
 from tolaria.lane.job_effects import LossesObserved, check_tensors, checked_twice, own_steps_refused, tensors_of
@@ -195,13 +195,20 @@ def _step_without_gradient(module: TrainModule) -> None:
     module.optimizer.step()
 
 
+def _is_used_up(given: object) -> bool:
+    """Whether a validation set is an iterator, which is empty once it has been read."""
+    if isinstance(given, LoaderCursor):
+        return False
+    return call("validation_batches", lambda: iter(cast("Iterable[object]", given))) is given
+
+
 def _evaluate(module: TrainModule) -> None:
     """Evaluates the first batch of each validation set."""
     job = module.job
     sets = call("validation_batches", lambda: sets_of(job))
     module.evaluates = bool(sets)
     for name, given in sets.items():
-        if iter(given) is given and call("validation_batches", lambda: sets_of(job))[name] is given:
+        if _is_used_up(given) and call("validation_batches", lambda: sets_of(job))[name] is given:
             raise BrokenJobError(
                 f"{METHOD} returns the same iterator each time, which is empty from the second evaluation on: "
                 "return a list, a DataLoader or a new generator"

@@ -19,7 +19,7 @@ from zlib import crc32
 from tolaria.errors import JobError, RanksDifferError
 from tolaria.lane.commands import CommandExecutor, CommandQueue, PageGate, QueuedCommand
 from tolaria.lane.device import hardware_context, limit_threads
-from tolaria.lane.evaluation import evaluate
+from tolaria.lane.evaluation import evaluate, random_state
 from tolaria.lane.fast_paths import spanning_compilation
 from tolaria.lane.group_commands import FollowerCommands, GroupExecutor, LeaderCommands
 from tolaria.lane.messages import (
@@ -42,6 +42,7 @@ from tolaria.lane.weight_averages import PART as AVERAGES
 from tolaria.ranks.group import Group, lost_peer
 from tolaria.signals.lane_page import STACKS_SIGNAL
 from tolaria.signals.layout import LanePhase
+from tolaria.state.encoding import restore_rngs
 from tolaria.values.evaluation import Evaluation
 from tolaria.values.failure import Failure
 from tolaria.values.training import RankLoad
@@ -278,8 +279,9 @@ class ThreadLane:
         if warm:
             self._heartbeat.lane_step(step.duration_s - step.input_wait_s)
         self._events.put(step)
-        if not step.skipped:
-            module.callbacks.step_end(step.loss)
+        if not step.skipped and module.callbacks.any:
+            with self._calling():
+                module.callbacks.step_end(step.loss)
         if (changed := module.seeds.advance(module.global_step)) is not None:
             module.refresh()
             self._events.put(changed)
@@ -357,16 +359,14 @@ class ThreadLane:
         if module.group is not None:
             self._compare_ranks(module.group)
         with self._heartbeat.lane_phase(LanePhase.EVALUATING):
-            evaluation = self._evaluate()
-            if (averages := module.averages) is not None and averages.evaluated:
-                with averages.in_model():
-                    evaluation = evaluation.beside(AVERAGES, self._evaluate())
-        gradients = module.merger.finish_epoch()
-        scheduled = controller.epoch_over(evaluation.figures(), module.global_step)
+            evaluation = self._evaluate_all()
+        gradients, figures = module.merger.finish_epoch(), evaluation.figures()
+        scheduled = controller.epoch_over(figures, module.global_step)
         with self._calling():
-            module.callbacks.evaluated(evaluation.figures())
+            if figures:
+                module.callbacks.evaluated(figures)
             module.callbacks.epoch_end(module.progress.loss)
-        stop = module.early_stopping.evaluated(evaluation.figures(), module.global_step)
+        stop = module.early_stopping.evaluated(figures, module.global_step)
         module.progress = module.progress.ended(stop)
         seeds = module.seeds.reported_states(module.global_step, gradients)
         event = EpochDone(
@@ -396,6 +396,20 @@ class ThreadLane:
             digest = str(sorted(self._snapshots.state.replicated().items()))
             if len(digests := set(group.all_gather_text(str(crc32(digest.encode()))))) > 1:
                 raise RanksDifferError(f"the ranks have {len(digests)} different states at the end of an epoch")
+
+    def _evaluate_all(self) -> Evaluation:
+        """Evaluates the model, and the average of its weights if there is one. Raises as `_evaluate` does."""
+        rngs = random_state()
+        try:
+            evaluation = self._evaluate()
+            if (averages := self._module.averages) is not None and averages.evaluated and evaluation.samples:
+                with averages.in_model():
+                    evaluation = evaluation.beside(AVERAGES, self._evaluate())
+        except StepAbandonedError:  # both are repeated
+            if rngs is not None:
+                restore_rngs(*rngs)
+            raise
+        return evaluation
 
     def _evaluate(self) -> Evaluation:
         """Raises StepAbandonedError for a stop or an urgent command: a long validation must not delay them."""

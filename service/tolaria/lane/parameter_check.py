@@ -54,13 +54,18 @@ def is_extreme(module: TrainModule, judged: float, losses_of: Callable[[Batch], 
         return False
     if window.extreme(judged):
         return True
-    if batch is None or module.skip_streak + 1 >= module.skips_max or not window.extreme_again(judged):
+    if module.skip_streak + 1 >= module.skips_max or not window.extreme_again(judged):
         return False
+    if batch is None:  # none since a restore, whose parameters were sound
+        return True
     with module.forward_undone():
         losses = _last_good_losses(module, batch, losses_of)
-    counted, seeds = module.training_share.counted(batch), set(module.seeds.topology.training_seeds)
-    loss, samples = judged_sum(losses, batch, counted, seeds)
-    return module.on_all_ranks(loss is None or loss.item() <= samples * window.limit)
+    share, seeds = module.training_share, set(module.seeds.topology.training_seeds)
+    loss, samples = judged_sum(losses, share.of(batch), share.counted(batch), seeds)
+    sums = [0.0 if loss is None else loss.item(), float(samples)]
+    if module.group is not None:
+        sums = module.group.all_reduce(sums)
+    return sums[0] <= sums[1] * window.limit
 
 
 def judged_sum(

@@ -264,6 +264,7 @@ class SnapshotManager:
         controller.apply(module.global_step)
         self._ring.forget_after(module.global_step)
         self._ring_used = True
+        module.go_on_if_patient()
         return Restored(
             position=image.position,
             state_digest=found,

@@ -136,6 +136,7 @@ def _take_and_measure(
     if measured.finite or module.accumulate == 1 or taken.loss is None or _overflowed(module, measured):
         return taken, measured
     module.abandon_step()
+    module.logged.clear()
     module.fast_paths.keep_scale()
     taken = _take_microbatches(module, continue_step, mark, each=True, thorough=True)
     return taken, _finish(module, taken, mark)

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -208,6 +208,11 @@ class TrainModule:
         with self.seeds.groups_as_built():
             self._sets_train_mode.train_mode(self.model)
 
+    def go_on_if_patient(self) -> None:
+        """Has a run that was stopped early go on, if the settings have more patience now."""
+        if self.progress.stop and not self.early_stopping.due:
+            self.progress = replace(self.progress, stop="")
+
     def begin_epoch(self) -> None:
         """Starts the next epoch; within one, as after a rollback, only sets the model to training mode."""
         self.train_mode()
@@ -312,12 +317,14 @@ class TrainModule:
         """Undoes what a forward pass within the block changes, after the microbatches of a step; gradients stay."""
         rngs, kept_job = capture_rngs(), self._job_state()
         self._microbatch_buffers.save()
+        logged = self.logged.put_aside()
         try:
             yield
         finally:
             self.undone = self._microbatch_buffers.restore() and self.undone
             self._restore_job(kept_job)
             restore_rngs(*rngs)
+            self.logged.put_back(logged)
 
     def save_microbatch(self, *, gradients: bool) -> None:
         """Saves buffers, job and, with `gradients`, these before a microbatch of several, for `discard_microbatch`."""

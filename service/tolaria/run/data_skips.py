@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import structlog
 
-from tolaria.errors import InvalidFieldError, LaneLostError, WrongStateError
+from tolaria.errors import InvalidFieldError, LaneError, LaneLostError, WrongStateError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.database import Journal
 from tolaria.journal.rows import DATA_SKIPS, CommandRow
@@ -147,17 +147,27 @@ class DataSkips:
 
     async def _change(self, skip: DataSkip) -> None:
         """Records a skip, then has the lane follow; a lane that does not is given it again when it starts."""
-        before = dict(self._skips)
+        before = self._skips.get(skip.skip_id)
         self._skips[skip.skip_id] = skip
         try:
             await self._journal.put(self._row())
+            with suppress(LaneLostError):  # the next process is given them when it starts
+                await self._lane.call(SetSkippedRanges(self.ranges))
+        except LaneError:
+            self._put_back(skip.skip_id, before)
+            await self._journal.put(self._row())
+            raise
         except BaseException:
-            self._skips = before
+            self._put_back(skip.skip_id, before)
             raise
         self._count()
         self._observers.on_data_skipped(skip.skip_id, skip.ranges, removed=skip.removed_at_ns is not None)
-        with suppress(LaneLostError):  # the next process is given them when it starts
-            await self._lane.call(SetSkippedRanges(self.ranges))
+
+    def _put_back(self, skip_id: str, before: DataSkip | None) -> None:
+        if before is None:
+            self._skips.pop(skip_id, None)
+        else:
+            self._skips[skip_id] = before
 
     def _count(self) -> None:
         self._status.data_skips = sum(skip.removed_at_ns is None for skip in self._skips.values())

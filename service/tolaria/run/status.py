@@ -233,9 +233,9 @@ class RunStatus:
     def rewind(self, to: LaneReady | Restored) -> None:
         """Adopts the state in which the lane was built, or which it has restored."""
         progress = to.progress
-        self.global_step = to.position.global_step
-        self.epoch = progress.number
+        self.global_step, self.epoch = to.position.global_step, progress.number
         self.sums = EpochSums(progress.steps, progress.skipped_steps, progress.samples, progress.loss_sum)
+        self.logged.clear()
         self._take_over(to)
 
     def boundary(self, held_up_ms: float, *, breach: bool) -> None:

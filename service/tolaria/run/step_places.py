@@ -29,10 +29,10 @@ class _Stretch:
         return BatchRange(self.epoch, begin, begin + self.size - 1)
 
     def goes_on_with(self, step: StepDone) -> bool:
-        """Whether a step is the next one of this stretch; the last one of an epoch may have fewer batches."""
+        """Whether a step is the next one of this stretch, with as many batches."""
         begin = self.place + (self.last + 1 - self.first) * self.size
         follows = (self.last + 1, self.epoch, begin) == (step.global_step, step.epoch, step.batches.start)
-        return follows and len(step.batches) <= self.size
+        return follows and len(step.batches) == self.size
 
     def up_to(self, step: int) -> _Stretch:
         """Returns the steps up to this one."""

@@ -323,7 +323,9 @@ class LaneProcess(ChildSupervisor):
             elif (silent_s := page.agent_silent_s()) > self._settings.emergency.heartbeat_timeout_s:
                 await self._end_silent(end, f"the agent of the group has given no heartbeat for {silent_s:.0f} s")
             elif end.building and end.age_s > self._build_s:
-                await self._end_silent(end, f"the lane has not been built within {self._build_s:.0f} s")
+                await self._end_silent(
+                    end, f"the lane has not been built within {self._build_s:.0f} s", end.still_building
+                )
             elif (silent_ns := max(page.silent_rank_ns, others.silent_rank_ns if others else 0)) > self._silent_rank_ns:
                 self._silent_rank_ns = silent_ns
                 end.stacks = await self._stacks.dump(self.pid, "a rank gives no heartbeat")  # it ends itself
@@ -368,6 +370,10 @@ class _End:
     def age_s(self) -> float:
         """Seconds since the start of the process."""
         return time.monotonic() - self.started_s
+
+    def still_building(self) -> float:
+        """Returns 1 until the lane is built, then 0."""
+        return float(self.building)
 
     def described(self, detail: str) -> tuple[str, str]:
         """Returns the kind and the cause of the end, with the last lines of its standard error, or where it crashed."""

@@ -115,7 +115,10 @@ class Evaluation:
         figures = {"loss": Ratio(other.loss_sum, other.samples), **other.ratios()}
         if other.correct is not None:
             figures["accuracy"] = Ratio(other.correct, other.samples)
-        return replace(self, metrics={**self.metrics, **{f"{name}/{each}": found for each, found in figures.items()}})
+        beside = replace(self, metrics={**self.metrics, **{f"{name}/{each}": found for each, found in figures.items()}})
+        for one, found in other.sets.items():
+            beside = beside.beside(f"{name}/{one}", found)
+        return beside
 
     def ratios(self) -> dict[str, Ratio]:
         """Returns the metrics that the job names, as quotients."""

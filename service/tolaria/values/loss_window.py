@@ -118,6 +118,7 @@ class LossWindow:
         self._waiting: deque[tuple[int, float]] = deque()
         self._recent: deque[float] = deque(maxlen=_SLOW[1])
         self._extremes: deque[int] = deque(maxlen=_EXTREMES)
+        self._again: deque[int] = deque(maxlen=_SLOW[1])
         self._best: tuple[float, float] | None = None  # median and limit of the window with the lowest median
 
     @property
@@ -148,7 +149,7 @@ class LossWindow:
     @property
     def latest_above(self) -> tuple[int, ...]:
         """Which of the last eight losses are above the limit, as numbers of losses before the newest, oldest first."""
-        return self._above(self._limit(1.0), _SUSPECT[1]) if self._sorted else ()
+        return self._proving(self._above(self._limit(1.0), _SUSPECT[1])) if self._sorted else ()
 
     @property
     def scale(self) -> float:
@@ -175,7 +176,12 @@ class LossWindow:
         return len(self._sorted) >= min(_UNJUDGED, self._size) and loss > self._limit(EXTREME_SPREADS)
 
     def pass_over(self, loss: float) -> None:
-        """Adds the loss of a step that was skipped because it is extreme. It never enters the window itself."""
+        """Adds the loss of a step that was skipped because it is extreme. It never enters the window itself.
+
+        After the first one in a row, they say nothing about the parameters, and are no evidence.
+        """
+        if self.extreme_again(loss):
+            self._again.append(self._count + 1)
         self._count += 1
         self._recent.append(loss)
         self._extremes.append(self._count)
@@ -218,7 +224,9 @@ class LossWindow:
         """Returns the state; {} before the first loss. Losses are packed as base64 of little-endian float64."""
         if not (self._count or self.averages.finite_steps):
             return {}
-        return {
+        again = [count for count in self._again if count > self._count - _SLOW[1]]
+        known: dict[str, JsonValue] = {"again": _packed(again)} if again else {}  # which earlier versions do not have
+        return known | {
             "count": self._count,
             "above": self.above,
             "averages": _packed(astuple(self.averages)),
@@ -248,6 +256,7 @@ class LossWindow:
         self.above = above
         self._recent.extend(recent)
         self._extremes.extend(int(count) for count in _unpacked(state.get("extremes", "")))
+        self._again.extend(int(count) for count in _unpacked(state.get("again", "")))
         self._waiting.extend((int(due), loss) for due, loss in zip(waiting[::2], waiting[1::2], strict=True))
         self._best = (best[0], best[1]) if best else None
 
@@ -265,7 +274,7 @@ class LossWindow:
         return None
 
     def _alarm(self, kind: ExplosionKind, limit: float, least: int, last: int) -> Explosion | None:
-        evidence = self._above(limit, last)
+        evidence = self._proving(self._above(limit, last))
         if len(evidence) < least:
             return None
         return Explosion(kind, limit, evidence, self._onset(evidence[0]) if kind == "certain" else ())
@@ -277,6 +286,10 @@ class LossWindow:
             if begin < number <= begin + _SETTLED:
                 begin = number
         return tuple(range(begin, first, -1))
+
+    def _proving(self, numbers: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns those of the losses with these numbers that are evidence."""
+        return tuple(number for number in numbers if self._count - number not in self._again)
 
     def _above(self, limit: float, last: int) -> tuple[int, ...]:
         """Returns which of the last losses are above the limit, as numbers of losses before the newest."""

@@ -30,7 +30,7 @@ OPEN_METHODS: dict[str, set[StatusCode]] = {
     "CaptureProfile": {*_OPEN, StatusCode.DEADLINE_EXCEEDED},
     "StreamTelemetry": {*_OPEN, StatusCode.DEADLINE_EXCEEDED},  # no event within the test's timeout
 }
-READING = {"GetStatus", "WatchStatus"}
+READING = {"GetStatus", "WatchStatus", "ListDataSkips"}
 
 Outcome = tuple[StatusCode, bytes]
 

@@ -50,7 +50,8 @@ def command(name: str) -> list[str]:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     """A service with a restore point."""
-    with serve("training.epochs=100000", cwd=tmp_path_factory.mktemp("api")) as started:
+    stays = "emergency.recovery_epochs=1000000"  # until it is cleared
+    with serve("training.epochs=100000", stays, cwd=tmp_path_factory.mktemp("api")) as started:
         with stub_of(started) as stub:
             points = messages.ListRestorePointsRequest()
             wait_for(lambda: any(point.stable for point in stub.ListRestorePoints(points).restore_points))

@@ -78,7 +78,7 @@ def test_backups_of_a_directory_in_use_are_whole(tmp_path: Path, request: pytest
 
     def write() -> None:
         step = 0
-        while not stop.is_set():
+        while not stop.wait(0.02):
             step += 1
             training.position = Position(step, 1)
             storage.checkpoints.write(training.state().copy())

@@ -498,7 +498,7 @@ async def test_a_run_ends_within_a_pass_if_it_has_all_its_steps() -> None:
     run = new_run(FakePeers(), job="GatedJob", steps=11, sections={"rollback": {"automatic": False, "every_steps": 2}})
     async with running(run):
         gate(run).passes.release(9)
-        await run.until(lambda: run.status.global_step == 9)
+        await run.until(lambda: run.module.global_step == 9)
         gate(run).passes.release(1000)
         await run.until(lambda: run.state == "FINISHED")
     assert (run.status.global_step, run.status.epoch, run.module.progress.batches) == (11, 2, 3)

@@ -92,10 +92,10 @@ class AdminModel:
     def _expected(self, method: str, request: Any) -> set[StatusCode]:
         ended = self.state == FINISHED
         match method:
-            case "PauseTraining" | "StopTraining":
-                return {WRONG if ended else OK}
-            case "ResumeTraining":
-                return {WRONG if ended or self.level == HALT else OK}
+            case "PauseTraining" | "StopTraining" | "ResumeTraining":
+                return {WRONG if ended or (method == "ResumeTraining" and self.level == HALT) else OK}
+            case "SkipData":  # which batches there are is not modelled
+                return {OK, INVALID, WRONG}
             case "RaiseEmergency":
                 return {OK if request.level in {1, 2, 3, 4} else INVALID}
             case "ClearEmergency":

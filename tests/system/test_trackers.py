@@ -76,12 +76,22 @@ def curve(ended: Ended, name: str) -> list[tuple[int, Any]]:
 
 
 def test_the_log_has_every_surviving_step_once(ended: Ended) -> None:
-    """Of a run that was rolled back and killed; evaluations too, and what the job logs."""
+    """Of a run that was rolled back and killed; evaluations too, and what the job logs.
+
+    A kill costs the last points that had not been written, at most.
+    """
     points = surviving_points(ended.metrics)
     losses = [each for each in points if "train/loss" in each.values]
     assert ended.exit_code == 0
-    assert [each.global_step for each in losses] == list(range(1, LAST + 1))
-    assert [step for step, _ in curve(ended, "validation/loss")] == list(range(STEPS, LAST + 1, STEPS))
+    steps = [each.global_step for each in losses]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == LAST
+    lost = sorted({*range(1, LAST + 1)} - {*steps})  # at the kill, what had not been written yet
+    assert len(lost) <= STEPS
+    assert lost == list(range(lost[0], lost[-1] + 1)) if lost else True
+    evaluated = [step for step, _ in curve(ended, "validation/loss")]
+    assert len({*range(STEPS, LAST + 1, STEPS)} - {*evaluated}) <= 1
+    assert evaluated == sorted(set(evaluated))
     attempts = [each.attempt for each in losses]
     assert attempts == sorted(attempts)
     assert len(set(attempts)) >= 2
@@ -102,7 +112,7 @@ def test_tensorboard_shows_the_same_curves(ended: Ended) -> None:
     for name in ("train/loss", "validation/loss", "validation/accuracy", "lr/host"):
         assert [(event.step, event.value) for event in events.Scalars(name)] == curve(ended, name), name
     attempts = [event.value for event in events.Scalars("attempt")]
-    assert len(attempts) == LAST
+    assert len(attempts) == len([each for each in surviving_points(ended.metrics) if "train/loss" in each.values])
     texts = EventAccumulator(str(ended.tensorboard / "annotations")).Reload().Tensors("annotations/text_summary")
     assert any(b"rolled back to step" in text.tensor_proto.string_val[0] for text in texts)
 

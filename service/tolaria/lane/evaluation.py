@@ -22,7 +22,7 @@ from tolaria.lane.rank_failures import report_branches
 from tolaria.lane.train_module import TrainModule
 from tolaria.ranks.group import Group
 from tolaria.ranks.share import Share, SharingJob
-from tolaria.state.encoding import capture_rngs
+from tolaria.state.encoding import capture_rngs, restore_rngs
 from tolaria.values.evaluation import Evaluation, Ratio, set_names_problem
 
 METHOD: Final = "validation_batches()"
@@ -78,7 +78,7 @@ def evaluate(
     """Evaluates the model on all validation sets; in a group, returns the sums over all ranks.
 
     `beat` is called before each batch, and `goes_on` with its number among those of all sets. If that returns False,
-    the evaluation is abandoned: returns None.
+    the evaluation is abandoned: returns None, and the random generators are as before.
 
     Raises:
         BrokenJobError: names what the job has returned.
@@ -86,7 +86,7 @@ def evaluate(
         ReportedError: a seed of a sharded model has failed on this rank.
         RankFailedError: the evaluation has failed on another one.
     """
-    place, found = 0, dict[str, Evaluation]()
+    rngs, place, found = random_state(), 0, dict[str, Evaluation]()
     module.model.eval()
     with torch.no_grad(), module.seeds.groups_as_built():
         for name, given in sets_of(module.job).items():
@@ -96,6 +96,8 @@ def evaluate(
                 for each in batches:
                     beat()
                     if not goes_on(place):
+                        if rngs is not None:
+                            restore_rngs(*rngs)
                         return None
                     found[name] += evaluated(module, each, share)
                     report_branches(module)

@@ -107,7 +107,7 @@ def test_the_parts_of_the_state_have_the_names_of_checkpoints() -> None:
     with run.capture() as image:
         values = json.loads(image.values)
     assert list(values["parts"]) == [
-        *("cursor", "early_stopping", "epoch", "growth", "learning_rates", "left_out", "losses", "requires_grad"),
+        *("cursor", "epoch", "growth", "learning_rates", "left_out", "losses", "requires_grad"),
     ]
     assert values["parts"]["requires_grad"] == {"frozen": [], "trained": []}
     assert set(values["parts"]["epoch"]) == {

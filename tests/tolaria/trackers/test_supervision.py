@@ -80,7 +80,8 @@ async def test_a_tracker_that_raises_is_reported_once_and_started_again(tmp_path
             while value(watched.metrics, "tolaria.tracker.failures_total", tracker="raising") < 2:
                 watched.put()
                 await anyio.sleep(0.05)
-        assert value(watched.metrics, "tolaria.tracker.up", tracker="quiet") == 1.0
+            while value(watched.metrics, "tolaria.tracker.up", tracker="quiet") != 1.0:
+                await anyio.sleep(0.05)
         (tmp_path / "trackers" / "raising" / "mended").touch()
         assert await watched.until("tolaria.tracker_recovered") == [{"tracker": "raising"}]
         assert value(watched.metrics, "tolaria.tracker.up", tracker="raising") == 1.0

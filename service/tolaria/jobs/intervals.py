@@ -20,7 +20,7 @@ class IntervalCursor:
 
     Attributes:
         data: the other cursor, whose epochs are the passes over the data.
-        before_pass: called before each pass but the first of a process, on all ranks alike.
+        before_pass: called before each pass but the first of a run, on all ranks alike.
     """
 
     def __init__(self, data: BatchCursor, batches: int) -> None:

@@ -230,7 +230,7 @@ class EvaluatingJob(TrainingJob, Protocol):
 
 @runtime_checkable
 class StatefulJob(Protocol):
-    """A job that keeps state itself, such as a moving average of the weights: it becomes part of the training state.
+    """A job that keeps state itself, such as running statistics of its losses: it becomes part of the training state.
 
     So a rollback and a resumed run restore it, and digests cover it. The values are None, bool, int, float, str,
     tensors, and lists, tuples and dicts of these; keys are strings. What `load_state_dict` gets belongs to the job.

@@ -17,9 +17,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tolaria.config import EmaSettings
 from tolaria.shards import local_parts
 from tolaria.tensors import whole
+from tolaria.values.evaluation import AVERAGES
 from tolaria.values.training import eager_name
 
-PART: Final = "ema"
+PART: Final = AVERAGES
 """The name of this part of the training state, and of its evaluation."""
 
 

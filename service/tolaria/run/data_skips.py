@@ -151,14 +151,15 @@ class DataSkips:
         self._skips[skip.skip_id] = skip
         try:
             await self._journal.put(self._row())
+        except BaseException:
+            self._put_back(skip.skip_id, before)
+            raise
+        try:
             with suppress(LaneLostError):  # the next process is given them when it starts
                 await self._lane.call(SetSkippedRanges(self.ranges))
         except LaneError:
             self._put_back(skip.skip_id, before)
             await self._journal.put(self._row())
-            raise
-        except BaseException:
-            self._put_back(skip.skip_id, before)
             raise
         self._count()
         self._observers.on_data_skipped(skip.skip_id, skip.ranges, removed=skip.removed_at_ns is not None)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import anyio
 import grpc
 import grpc.aio
 from anyio import to_thread
@@ -87,10 +88,12 @@ class Protected:
     interceptor: CallerInterceptor
     tokens: WatchedFiles[Tokens] | None
 
-    def counted(self, caller: str, code: str) -> float:
-        """How many calls have been counted for a caller and a status."""
+    async def counts(self, caller: str, code: str, calls: int) -> None:
+        """Waits until that many calls are counted for a caller and a status, which may be after their answers."""
         labels = {"caller": caller, "code": code}
-        return self.metrics.registry.get_sample_value("tolaria.server.calls_total", labels) or 0.0
+        with anyio.fail_after(20):
+            while (self.metrics.registry.get_sample_value("tolaria.server.calls_total", labels) or 0.0) != calls:
+                await anyio.sleep(0.005)
 
 
 @asynccontextmanager

@@ -37,7 +37,12 @@ def measure(wanted: int, batch_size: int) -> tuple[list[float], int]:
     """Returns boundaries at which Tamiyo was called, in milliseconds, and the number of all others."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        serve("training.epochs=1000000", f"training.options.batch_size={batch_size}", cwd=Path(folder)) as service,
+        serve(
+            "training.epochs=1000000",
+            f"training.options.batch_size={batch_size}",
+            reference_peers=True,
+            cwd=Path(folder),
+        ) as service,
     ):
         service.addresses()
         asked: list[float] = []

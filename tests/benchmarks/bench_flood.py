@@ -211,7 +211,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     overrides = ["training.epochs=1000000", f"server.tokens={folder / 'tokens.toml'}", "checkpoint.every_epochs=0"]
     overrides += WAITING if arguments.waiting else []
     overrides += OFF if arguments.limits == "off" else []
-    with serve(*overrides, cwd=folder) as service, grpc.insecure_channel(service.addresses()[0]) as channel:
+    with (
+        serve(*overrides, reference_peers=True, cwd=folder) as service,
+        grpc.insecure_channel(service.addresses()[0]) as channel,
+    ):
         stub, metadata = TolariaAdminServiceStub(channel), (("authorization", f"Bearer {tokens['admin']}"),)
         while stub.GetStatus(admin.GetStatusRequest(), metadata=metadata).global_step < 200:
             time.sleep(0.1)

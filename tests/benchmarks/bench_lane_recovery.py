@@ -108,8 +108,8 @@ def main() -> None:
             place.mkdir()
         disk = ["rollback.memory_mb=1", "rollback.every_steps=1000000", "checkpoint.every_steps=500"]
         services = {
-            "memory": stack.enter_context(serve(*job, cwd=places["memory"])),
-            "disk": stack.enter_context(serve(*job, *disk, cwd=places["disk"])),
+            "memory": stack.enter_context(serve(*job, reference_peers=True, cwd=places["memory"])),
+            "disk": stack.enter_context(serve(*job, *disk, reference_peers=True, cwd=places["disk"])),
         }
         script_s(places["script"], options.width, saves=True)
         time.sleep(5)

@@ -128,7 +128,7 @@ async def roll_back(
     before, step = len(again()), run.status.global_step
     await run.until(lambda: run.status.global_step > step)
     await run.run.roll_back(Rollback(tier, None, "measured", "operator"))
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         while len(again()) == before:
             await anyio.sleep(0.002)
     return again()[-1] / 1e3

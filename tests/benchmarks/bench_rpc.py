@@ -44,7 +44,7 @@ def main() -> None:
     idle, busy = [], []
     with (
         tempfile.TemporaryDirectory() as folder,
-        serve("training.epochs=1000000", cwd=Path(folder)) as service,
+        serve("training.epochs=1000000", reference_peers=True, cwd=Path(folder)) as service,
         grpc.insecure_channel(service.addresses()[0]) as channel,
     ):
         stub = TolariaAdminServiceStub(channel)

@@ -154,7 +154,11 @@ def bench_steps(rounds: int, seconds: float) -> None:
     options = [f"training.options.{name}={value}" for name, value in JOB.items()]
     job = ["training.job=bench_hosting:HostedJob", "training.epochs=1000000", "training.threads=1", *options]
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    with tempfile.TemporaryDirectory() as folder, serve(*job, cwd=Path(folder)) as service, stub_of(service) as stub:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serve(*job, reference_peers=True, cwd=Path(folder)) as service,
+        stub_of(service) as stub,
+    ):
         lane = status(stub).ranks[0].pid
         core, addresses = pin(service, lane), service.addresses()
         window(addresses[1], lane, seconds)

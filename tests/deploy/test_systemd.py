@@ -105,7 +105,7 @@ def test_a_real_service_reports_to_its_manager(tmp_path: Path, monkeypatch: pyte
         manager.settimeout(60)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "manager"))
         monkeypatch.setenv("WATCHDOG_USEC", "300000")
-        with serve("training.epochs=100000", cwd=tmp_path) as process:
+        with serve("training.epochs=100000", cwd=tmp_path, reference_peers=True) as process:
             assert "READY=1\nWATCHDOG=1\nSTATUS=starting" in manager.recv(4096).decode()
             process.addresses()
             wait_for(lambda: re.search(r"STATUS=running, epoch \d+ of 100000", manager.recv(4096).decode()) is not None)

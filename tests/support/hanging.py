@@ -56,7 +56,7 @@ class PeerProcess:
 
     async def idle(self, before: Footprint) -> Handlers:
         """Waits up to 10 s until no handler runs and there are no more tasks than in `before`; returns the counts."""
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             while True:
                 now = await self.handlers()
                 if not now.running and now.footprint.tasks <= before.tasks:

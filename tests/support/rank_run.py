@@ -1,15 +1,22 @@
-"""Runs scenarios on several ranks, each a process of its group: `run_on_ranks`, or `python -m support.rank_run`."""
+"""Runs scenarios on several ranks, each a process of its group.
+
+The ranks are forks of one process that has imported torch before, so that a test does not wait for that on each rank.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,54 +28,111 @@ def run_on_ranks(world: int, scenarios: Sequence[tuple[str, dict[str, Any]]], ti
 
     A rank that raises gives a text with the error; later scenarios are not run then.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "service")]),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "LOCAL_WORLD_SIZE": str(world),
-        "OMP_NUM_THREADS": "1",
-        "TOLARIA_LANE_AGENT": "0:",
-    }
-    command = [sys.executable, "-m", "support.rank_run", json.dumps(scenarios)]
-    ranks = [
-        subprocess.Popen(
-            command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+    with tempfile.TemporaryDirectory() as folder:
+        results = [Path(folder, str(rank)) for rank in range(world)]
+        _forked(
+            {
+                "environments": _environments(world),
+                "results": [str(path) for path in results],
+                "scenarios": scenarios,
+                "timeout_s": timeout_s,
+            }
         )
-        for rank in range(world)
-    ]
-    try:
-        said = [rank.communicate(timeout=timeout_s)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    found = [[json.loads(line) for line in lines.splitlines()] for lines in said]
+        found = [[json.loads(line) for line in path.read_text().splitlines()] for path in results]
     return [
         [each[number] if number < len(each) else "did not run" for each in found] for number in range(len(scenarios))
     ]
 
 
+def _environments(world: int) -> list[dict[str, str]]:
+    """The variables of each rank, as torch's elastic agent sets them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "LOCAL_WORLD_SIZE": str(world),
+        "TOLARIA_LANE_AGENT": "0:",
+    }
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
+def _forked(request: Mapping[str, Any]) -> None:
+    """Has the ranks forked, and waits until they have ended."""
+    template = _template()
+    assert template.stdin is not None
+    assert template.stdout is not None
+    template.stdin.write(json.dumps(request) + "\n")
+    template.stdin.flush()
+    assert template.stdout.readline() == "ended\n", "the process from which ranks are forked has ended"
+
+
+@cache
+def _template() -> subprocess.Popen[str]:
+    """The process from which the ranks are forked; it ends with this one."""
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "service")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "support.rank_run"],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
 def main() -> None:
-    """Runs the scenarios of the command line on this rank."""
+    """Forks ranks for each request on standard input."""
+    for module in ("tolaria.lane.hosting", "support.rank_scenarios", "torch.distributed.fsdp"):
+        importlib.import_module(module)
+    for line in sys.stdin:
+        request = json.loads(line)
+        ranks = [
+            _fork(environment, result, request["scenarios"])
+            for environment, result in zip(request["environments"], request["results"], strict=True)
+        ]
+        signal.signal(signal.SIGALRM, partial(_kill, ranks))
+        signal.setitimer(signal.ITIMER_REAL, request["timeout_s"])
+        for rank in ranks:
+            os.waitpid(rank, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.stdout.write("ended\n")
+        sys.stdout.flush()
+
+
+def _kill(pids: Sequence[int], _number: int, _frame: object) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _fork(environment: Mapping[str, str], result: str, scenarios: Sequence[tuple[str, dict[str, Any]]]) -> int:
+    """Forks a rank, which writes its results to a file; returns its process id."""
+    output = os.open(result, os.O_WRONLY | os.O_CREAT)
+    if pid := os.fork():
+        os.close(output)
+        return pid
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(output, 1)
+    os.environ.update(environment)
+    _run(scenarios)
+    os._exit(0)  # without waiting for ranks that have not come as far
+
+
+def _run(scenarios: Sequence[tuple[str, dict[str, Any]]]) -> None:
     from tolaria.lane.hosting import join_group
 
-    group = join_group()
-    for name, options in json.loads(sys.argv[1]):
-        module, _, function = name.partition(":")
-        try:
+    try:
+        group = join_group()
+        for name, options in scenarios:
+            module, _, function = name.partition(":")
             result = getattr(importlib.import_module(module), function)(group, **options)
-        except Exception as error:  # noqa: BLE001 - the result of this rank
-            sys.stdout.write(json.dumps(f"{type(error).__name__}: {error}") + "\n")
-            sys.stderr.write(traceback.format_exc())
-            break
-        sys.stdout.write(json.dumps(result) + "\n")
-    sys.stdout.flush()
-    os._exit(0)  # without waiting for ranks that have not come as far
+            os.write(1, json.dumps(result).encode() + b"\n")
+    except Exception as error:  # noqa: BLE001 - the result of this rank
+        os.write(1, json.dumps(f"{type(error).__name__}: {error}").encode() + b"\n")
+        os.write(2, traceback.format_exc().encode())
 
 
 if __name__ == "__main__":

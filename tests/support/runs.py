@@ -154,8 +154,8 @@ class RunUnderTest:
         return self.metrics.registry.get_sample_value(name, labels)
 
     async def until(self, predicate: Callable[[], bool]) -> None:
-        """Waits until `predicate()` is true, for at most ten seconds."""
-        with anyio.fail_after(10):
+        """Waits until `predicate()` is true, for at most a minute."""
+        with anyio.fail_after(60):
             while not predicate():
                 await anyio.sleep(0.002)
 

@@ -51,7 +51,7 @@ def command(name: str) -> list[str]:
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     """A service with a restore point."""
     stays = "emergency.recovery_epochs=1000000"  # until it is cleared
-    with serve("training.epochs=100000", stays, cwd=tmp_path_factory.mktemp("api")) as started:
+    with serve("training.epochs=100000", stays, cwd=tmp_path_factory.mktemp("api"), reference_peers=True) as started:
         with stub_of(started) as stub:
             points = messages.ListRestorePointsRequest()
             wait_for(lambda: any(point.stable for point in stub.ListRestorePoints(points).restore_points))
@@ -80,7 +80,7 @@ def test_data_for_buf_curl_are_requests(name: str) -> None:
 
 def metrics(service: Serve) -> str:
     """Returns the metrics of the service."""
-    with urllib.request.urlopen(f"http://{service.addresses()[1]}/metrics", timeout=10) as response:
+    with urllib.request.urlopen(f"http://{service.addresses()[1]}/metrics", timeout=60) as response:
         return str(response.read().decode())
 
 

@@ -103,4 +103,4 @@ def test_ctrl_c_in_the_middle_leaves_no_process(tmp_path: Path) -> None:
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "ended by SIGINT" in err
-    wait_for(lambda: tree.running() == (), 20)
+    wait_for(lambda: tree.running() == ())

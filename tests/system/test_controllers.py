@@ -33,7 +33,7 @@ def test_kills_of_the_controller_and_of_the_service_cause_no_rollback(tmp_path: 
     arguments += ["training.options.lr=0.001", "training.options.step_s=0.001", "training.device=cpu"]
     arguments += ["rollback.fast_budget_s=20", "rollback.full_budget_s=60"]
     slower = admin.AdjustLearningRateRequest(request_id="slower", reason="calm", factor=0.1)
-    with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
+    with serve(*arguments, cwd=tmp_path, reference_peers=True) as service, stub_of(service) as stub:
         wait_for(lambda: status(stub).epoch > 4)
         (remembered,) = (tmp_path / "state" / "peers").glob("tamiyo-*.json")
         os.kill(peer_process(service, "tamiyo"), signal.SIGKILL)
@@ -43,15 +43,15 @@ def test_kills_of_the_controller_and_of_the_service_cause_no_rollback(tmp_path: 
         wait_for(lambda: status(stub).epoch > killed_at + 3)
         assert len(remembered.read_bytes()) >= size > 0
         assert (status(stub).rollbacks, status(stub).state) == (0, admin.RUN_STATE_RUNNING)
-        stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=20)
-        answer = stub.AdjustLearningRate(slower, timeout=10)
+        stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=60)
+        answer = stub.AdjustLearningRate(slower, timeout=60)
         service.process.kill()
         service.wait()
-    with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
+    with serve(*arguments, cwd=tmp_path, reference_peers=True) as service, stub_of(service) as stub:
         resumed = status(stub)
         (kept,) = resumed.adjustments
         assert (kept.request_id, kept.factor, kept.expires_at_step) == ("slower", 0.1, 0)
-        assert stub.AdjustLearningRate(slower, timeout=10) == answer
+        assert stub.AdjustLearningRate(slower, timeout=60) == answer
         started = status(stub).epoch
         wait_for(lambda: status(stub).epoch > started + 3)
         now = status(stub)

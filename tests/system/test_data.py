@@ -49,7 +49,7 @@ SKIPPED: Final = range(4 * (16 * 3 + 4), 4 * (16 * 3 + 8))
 def skip(stub: TolariaAdminServiceStub) -> None:
     """Has these batches left out."""
     request = admin.SkipDataRequest(request_id="skip", reason="a bad shard", epoch=4, from_batch=4, to_batch=7)
-    assert stub.SkipData(request, timeout=30).skip.passed == 0
+    assert stub.SkipData(request, timeout=60).skip.passed == 0
 
 
 def trained_on(directory: Path) -> list[float]:
@@ -75,7 +75,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
         skip(stub)
         wait_for(lambda: status(stub).epoch > 2)
         shown = status(stub)
-        with urllib.request.urlopen(f"http://{service.addresses()[1]}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{service.addresses()[1]}/metrics", timeout=60) as answer:
             metrics = answer.read().decode()
         assert service.wait() == 0
     return Undisturbed(directory, last_checkpoint(directory), shown, metrics)
@@ -88,18 +88,18 @@ def run_disturbed(directory: Path, *arguments: str, rank: int = 0) -> tuple[int,
     """
     with serve(*RUN, *arguments, cwd=directory) as service, stub_of(service) as stub:
         skip(stub)
-        wait_for(lambda: status(stub).global_step > 20, 60)
+        wait_for(lambda: status(stub).global_step > 20)
         back = admin.TriggerRollbackRequest(request_id="r", tier=ROLLBACK_TIER_FAST, reason="look", target_step=12)
         assert stub.TriggerRollback(back, timeout=60).restored_step <= 12
-        wait_for(lambda: status(stub).global_step > 24, 60)
+        wait_for(lambda: status(stub).global_step > 24)
         os.kill(status(stub).ranks[rank].pid, signal.SIGKILL)
-        wait_for(lambda: status(stub).global_step > 60, 120)
+        wait_for(lambda: status(stub).global_step > 60)
         service.process.kill()
         service.wait()
     with serve(*RUN, *arguments, cwd=directory) as service, stub_of(service) as stub:
-        (kept,) = stub.ListDataSkips(admin.ListDataSkipsRequest(), timeout=10).skips
+        (kept,) = stub.ListDataSkips(admin.ListDataSkipsRequest(), timeout=60).skips
         assert (kept.reason, kept.ranges[0].from_batch) == ("a bad shard", 4)
-        assert service.wait(120) == 0
+        assert service.wait() == 0
     return last_checkpoint(directory)
 
 
@@ -120,7 +120,7 @@ def test_so_does_a_run_of_two_ranks(request: pytest.FixtureRequest, tmp_path: Pa
         (tmp_path / name).mkdir()
     with serve(*RUN, *ranks, cwd=tmp_path / "straight") as service, stub_of(service) as stub:
         skip(stub)
-        assert service.wait(120) == 0
+        assert service.wait() == 0
     found = run_disturbed(tmp_path / "disturbed", *ranks, rank=1)
     assert found == last_checkpoint(tmp_path / "straight")
 

@@ -43,7 +43,7 @@ def tolaria(service: Serve, *arguments: str) -> str:
 def ready(service: Serve) -> bool:
     """Whether /readyz reports that the service is ready."""
     try:
-        with urllib.request.urlopen(f"http://{service.addresses()[1]}/readyz", timeout=10) as response:
+        with urllib.request.urlopen(f"http://{service.addresses()[1]}/readyz", timeout=60) as response:
             return bool(response.status == 200)
     except urllib.error.HTTPError:
         return False
@@ -75,18 +75,18 @@ def board(tmp_path: Path) -> Path:
 def test_a_halt_is_acknowledged_by_all_participants_and_can_be_cleared(tmp_path: Path, board: Path) -> None:
     """Both peers and the lane acknowledge; no step is made while halted; training continues from the same step."""
     with (
-        serve(*LONG, f"signals.path={board}", cwd=tmp_path) as service,
+        serve(*LONG, f"signals.path={board}", cwd=tmp_path, reference_peers=True) as service,
         grpc.insecure_channel(service.addresses()[0]) as channel,
     ):
         stub = TolariaAdminServiceStub(channel)
 
         def status() -> admin.GetStatusResponse:
-            answer: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=10)
+            answer: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=60)
             return answer
 
         until(lambda: status().global_step > 20)
         request = admin.RaiseEmergencyRequest(request_id="1", reason="smoke", level=EMERGENCY_LEVEL_HALT)
-        raised = stub.RaiseEmergency(request, timeout=20)
+        raised = stub.RaiseEmergency(request, timeout=60)
         assert raised.state == admin.RUN_STATE_HALTED
         latency_ms = {given.participant: given.latency_ms for given in raised.acknowledgements}
         assert set(latency_ms) == {"tolaria", "kasmina", "tamiyo"}
@@ -101,7 +101,7 @@ def test_a_halt_is_acknowledged_by_all_participants_and_can_be_cleared(tmp_path:
         assert not ready(service)
         assert "emergency: halt\n" in tolaria(service, "emergency", "show")
         with pytest.raises(grpc.RpcError, match="clear it first"):
-            stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="2", reason="x"), timeout=10)
+            stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="2", reason="x"), timeout=60)
         tolaria(service, "emergency", "clear", "--reason", "no smoke")
         assert status().emergency_level == EMERGENCY_LEVEL_UNSPECIFIED
         assert status().global_step == halted.global_step

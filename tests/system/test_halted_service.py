@@ -56,7 +56,7 @@ class Operator:
 
     def status(self) -> admin.GetStatusResponse:
         """Returns the status."""
-        answer: admin.GetStatusResponse = self._stub.GetStatus(admin.GetStatusRequest(), timeout=20)
+        answer: admin.GetStatusResponse = self._stub.GetStatus(admin.GetStatusRequest(), timeout=60)
         return answer
 
     def incidents(self) -> list[str]:
@@ -78,13 +78,13 @@ class Operator:
 
     def resume(self, request_id: str) -> None:
         """Resumes the run."""
-        self._stub.ResumeTraining(admin.ResumeTrainingRequest(request_id=request_id, reason="on"), timeout=20)
+        self._stub.ResumeTraining(admin.ResumeTrainingRequest(request_id=request_id, reason="on"), timeout=60)
 
 
 def fetch(address: str, path: str) -> str:
     """Returns the body of a response, also of a failed probe."""
     try:
-        with urllib.request.urlopen(f"http://{address}/{path}", timeout=20) as response:
+        with urllib.request.urlopen(f"http://{address}/{path}", timeout=60) as response:
             return str(response.read().decode())
     except urllib.error.HTTPError as error:
         return error.read().decode()

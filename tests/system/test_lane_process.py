@@ -87,9 +87,9 @@ def test_a_death_costs_nothing_but_time(
     limits = ["emergency.heartbeat_timeout_s=2", "emergency.phase_timeout_s=20"]
     arguments = [*FINITE, *peers, *limits, "training.options.at=100", f"training.options.how={how}"]
     with serve(*arguments, "service.exit_when_done=true", cwd=tmp_path) as service, stub_of(service) as stub:
-        wait_for(lambda: losses(service) != [] or service.process.poll() is not None, 120)
-        listed = stub.ListIncidents(admin.ListIncidentsRequest(), timeout=10).incidents
-        assert service.wait(120) == 0
+        wait_for(lambda: losses(service) != [] or service.process.poll() is not None)
+        listed = stub.ListIncidents(admin.ListIncidentsRequest(), timeout=60).incidents
+        assert service.wait() == 0
     (lost,) = losses(service)
     assert lost["cause"] == kind
     assert words in str(lost["detail"])
@@ -133,7 +133,7 @@ def test_a_lane_that_is_killed_for_lack_of_memory_says_so(
         wait_for(lambda: lane_of(service) != 0)
         for pid in (service.process.pid, lane_of(service)):
             (memory_cgroup / "cgroup.procs").write_text(str(pid))
-        assert service.wait(120) == 0
+        assert service.wait() == 0
     (lost,) = losses(service)
     assert lost["cause"] == "out_of_memory"
     assert "the cgroup is out of memory" in str(lost["detail"])
@@ -143,7 +143,7 @@ def test_a_batch_with_which_two_processes_die_is_left_out(peers: list[str], tmp_
     """One sample that ends the process whenever it is used does not end the run."""
     arguments = [*JOB, *peers, "training.epochs=1", "training.options.samples=64", "training.options.poison=17"]
     with serve(*arguments, "service.exit_when_done=true", cwd=tmp_path) as service:
-        assert service.wait(120) == 0
+        assert service.wait() == 0
     assert [line["cause"] for line in losses(service)] == ["exited", "exited"]
     (left_out,) = [line for line in service.events() if line["event"] == "batch_left_out"]
     assert left_out["epoch_and_place"][0] == 1
@@ -153,7 +153,7 @@ def test_an_exception_that_comes_again_and_again_fails_the_run(peers: list[str],
     """After the third process that ends by the same exception; the reason says which one it is."""
     arguments = [*JOB, *peers, "training.options.at=3", "training.options.how=raise", "training.options.always=true"]
     with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
-        wait_for(lambda: status(stub).state == admin.RUN_STATE_FAILED, 120)
+        wait_for(lambda: status(stub).state == admin.RUN_STATE_FAILED)
         assert "the file server does not answer" in status(stub).state_reason
         service.terminate()
         assert service.wait() == 1
@@ -164,7 +164,7 @@ def test_a_lane_that_dies_again_and_again_fails_the_run(peers: list[str], tmp_pa
     """Beyond lane.restarts_max; the reason names the number of deaths and the last cause."""
     arguments = [*JOB, *peers, "training.options.at=3", "training.options.how=exit", "training.options.always=true"]
     with serve(*arguments, "lane.restarts_max=2", cwd=tmp_path) as service, stub_of(service) as stub:
-        wait_for(lambda: status(stub).state == admin.RUN_STATE_FAILED, 120)
+        wait_for(lambda: status(stub).state == admin.RUN_STATE_FAILED)
         assert "died 3 times within 3600 s" in status(stub).state_reason
         assert "ended with code 3" in status(stub).state_reason
 
@@ -172,7 +172,7 @@ def test_a_lane_that_dies_again_and_again_fails_the_run(peers: list[str], tmp_pa
 def test_a_job_that_ends_the_process_while_it_is_built_is_refused(tmp_path: Path) -> None:
     """The service ends with an error that says so, instead of trying for an hour."""
     with serve("training.job=support.mortal_jobs:exiting_factory", cwd=tmp_path) as service:
-        assert service.wait(60) != 0
+        assert service.wait() != 0
     assert "ended with code 5" in service.lines[-1]
 
 
@@ -180,18 +180,18 @@ def test_a_paused_run_is_paused_after_a_death(tmp_path: Path) -> None:
     """Meanwhile status says so, and requests that need the lane are refused with a reason; resuming goes on."""
     with serve(*ENDLESS, cwd=tmp_path) as service, stub_of(service) as stub:
         wait_for(lambda: status(stub).global_step > 200)
-        stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=10)
+        stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=60)
         before = lane_of(service)
         os.kill(before, signal.SIGKILL)
         wait_for(lambda: losses(service) != [])
         with pytest.raises(grpc.RpcError) as refused:
-            stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=10)
+            stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=60)
         assert refused.value.code() is grpc.StatusCode.ABORTED
-        wait_for(lambda: recoveries(service) == 1, 60)
+        wait_for(lambda: recoveries(service) == 1)
         step = status(stub).global_step
         time.sleep(0.5)
         assert (status(stub).state, status(stub).global_step) == (PAUSED, step)
-        stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="r", reason="go on"), timeout=10)
+        stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="r", reason="go on"), timeout=60)
         wait_for(lambda: status(stub).global_step > step + 100)
         assert lane_of(service) not in {0, before}
 
@@ -201,11 +201,11 @@ def test_a_lane_that_is_stopped_while_it_rests_is_noticed(peers: list[str], tmp_
     limits = ["emergency.heartbeat_timeout_s=2", "emergency.phase_timeout_s=3"]
     with serve(*ENDLESS, *peers, *limits, cwd=tmp_path) as service, stub_of(service) as stub:
         wait_for(lambda: status(stub).global_step > 50)
-        stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=10)
+        stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=60)
         time.sleep(5)  # a rest is no silence
         assert losses(service) == []
         stop_for_good(lane_of(service))
-        wait_for(lambda: recoveries(service) == 1, 60)
+        wait_for(lambda: recoveries(service) == 1)
         assert status(stub).state == PAUSED
     assert [line["cause"] for line in losses(service)] == ["silent"]
 
@@ -236,10 +236,10 @@ def test_what_operators_do_works_before_and_after_a_death(tmp_path: Path) -> Non
     """Rollbacks of both tiers, learning rates, checkpoints and profiles; an adjusted rate outlives the death."""
     with serve(*ENDLESS, "rollback.fast_budget_s=20", cwd=tmp_path) as service, stub_of(service) as stub:
         wait_for(lambda: status(stub).global_step > 200)
-        stub.AdjustLearningRate(admin.AdjustLearningRateRequest(request_id="lr", reason="calm", factor=0.5), timeout=10)
+        stub.AdjustLearningRate(admin.AdjustLearningRateRequest(request_id="lr", reason="calm", factor=0.5), timeout=60)
         operate(stub, "before")
         os.kill(lane_of(service), signal.SIGSEGV)
-        wait_for(lambda: recoveries(service) == 1, 60)
+        wait_for(lambda: recoveries(service) == 1)
         assert status(stub).learning_rates["host"] == pytest.approx(0.0005)
         operate(stub, "after")
         assert status(stub).state == RUNNING
@@ -247,7 +247,7 @@ def test_what_operators_do_works_before_and_after_a_death(tmp_path: Path) -> Non
 
 def operate(stub: TolariaAdminServiceStub, name: str) -> None:
     """Has a checkpoint and a profile made, and rolls back by both tiers."""
-    stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id=f"c{name}", reason="now"), timeout=30)
+    stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id=f"c{name}", reason="now"), timeout=60)
     profile = stub.CaptureProfile(
         admin.CaptureProfileRequest(request_id=f"f{name}", reason="look", active_steps=3), timeout=60
     )
@@ -285,10 +285,10 @@ def test_a_run_can_be_ended_while_its_lane_is_being_started_again(how: str, tmp_
         os.kill(lane_of(service), signal.SIGKILL)
         wait_for(lambda: status(stub).state == RECOVERING)
         if how == "stop":
-            stub.StopTraining(admin.StopTrainingRequest(request_id="s", reason="enough"), timeout=20)
+            stub.StopTraining(admin.StopTrainingRequest(request_id="s", reason="enough"), timeout=60)
         else:
             service.terminate()
-        assert service.wait(30) == 0
+        assert service.wait() == 0
     assert service.events()[-1]["outcome"] == ("stopped" if how == "stop" else "drained")
     assert last_checkpoint(tmp_path)[0] > 0
 
@@ -299,7 +299,7 @@ def test_the_first_rpc_is_answered_before_torch_is_imported(peers: list[str], tm
         answer = status(TolariaAdminServiceStub(channel))
         loaded = [pid for pid in (service.process.pid, lane_of(service)) if pid and "libtorch_cpu" in maps_of(pid)]
         assert (answer.state, loaded) == (admin.RUN_STATE_STARTING, [])
-        wait_for(lambda: status(TolariaAdminServiceStub(channel)).state == RUNNING, 60)
+        wait_for(lambda: status(TolariaAdminServiceStub(channel)).state == RUNNING)
         assert "libtorch_cpu" in maps_of(lane_of(service))
         assert "libtorch_cpu" not in maps_of(service.process.pid)
 
@@ -313,7 +313,7 @@ def test_a_lane_prints_what_its_job_prints_and_gets_no_secret(tmp_path: Path) ->
     """Standard output is that of the service; the secret, for commands of the controller, does not stop the lane."""
     arguments = [*JOB, "training.epochs=2", "training.options.says=hello", "service.exit_when_done=true"]
     with serve(*arguments, "leyline.secret=0123456789abcdef0123456789abcdef", cwd=tmp_path) as service:
-        assert service.wait(60) == 0
+        assert service.wait() == 0
         assert service.process.stdout is not None
         assert service.process.stdout.read().strip() == "hello"
     assert losses(service) == []
@@ -369,7 +369,7 @@ def test_many_deaths_at_random_times_change_nothing(
         with watched(stub) as latencies:
             used, kind = list[tuple[int, int]](), "killed"
             for _ in range(deaths):
-                wait_for(lambda: recoveries(service) == len(losses(service)) >= len(used), 120)
+                wait_for(lambda: recoveries(service) == len(losses(service)) >= len(used))
                 time.sleep(rng.uniform(0.0, 0.25))
                 if status(stub).state == admin.RUN_STATE_FINISHED:
                     break

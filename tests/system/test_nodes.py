@@ -79,11 +79,11 @@ def served(hosts: Hosts, directory: Path) -> Iterator[tuple[Machines, Popen[str]
         (directory / host).mkdir()
         (directory / host / "secret").write_text("of both machines and no other\n")
     machines.join()
-    wait_for(lambda: "waiting for the service" in machines.joined(), 60)
+    wait_for(lambda: "waiting for the service" in machines.joined())
     options = [part for setting in SETTINGS for part in ("--set", setting)]
     service = machines.run("a", "service.log", "tolaria", "serve", *options)
     machines.run("a", "relay.log", "support.relay", str(directory / "relay"), "50051")
-    wait_for(lambda: bool(machines.events("serving")), 60)
+    wait_for(lambda: bool(machines.events("serving")))
     with grpc.insecure_channel(f"unix:{directory / 'relay'}") as channel:
         yield machines, service, TolariaAdminServiceStub(channel)
 
@@ -106,7 +106,7 @@ def trained_on(stub: TolariaAdminServiceStub, hosts: list[tuple[int, int, str]])
 
     wait_for(trains, 120, every_s=0.05)
     step = status(stub).global_step
-    wait_for(lambda: status(stub).global_step > step + 5, 120)
+    wait_for(lambda: status(stub).global_step > step + 5)
 
 
 BOTH: Final = [(0, 0, "host-a"), (1, 1, "host-b")]
@@ -142,7 +142,7 @@ def test_two_machines_train_one_model_and_lose_each_other(tmp_path: Path, reques
         assert not any(map(is_alive, ranks.values()))
         second = machines.join()
         wait_for(lambda: "waiting for its next start" in machines.joined())
-        stub.StopTraining(admin.StopTrainingRequest(request_id="s", reason="enough"), timeout=30)
+        stub.StopTraining(admin.StopTrainingRequest(request_id="s", reason="enough"), timeout=60)
         assert second.wait(30) == 0
         assert machines.joined().endswith("the run has ended\n")
 
@@ -155,7 +155,7 @@ def test_two_machines_train_one_model_and_lose_each_other(tmp_path: Path, reques
 def roll_back(stub: TolariaAdminServiceStub) -> None:
     """Rolls back by both tiers, which every rank proves."""
     wait_for(lambda: status(stub).global_step > 100)
-    stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=30)
+    stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=60)
     for tier in (1, 2):
         request = admin.TriggerRollbackRequest(request_id=f"r{tier}", tier=tier, reason="odd")  # type: ignore[arg-type]
         back = stub.TriggerRollback(request, timeout=60)

@@ -34,7 +34,7 @@ def test_faults_of_a_run_are_alerts_that_clear(tmp_path: Path) -> None:
         two = stack.enter_context(prometheus(2, address, tmp_path / "two"))
         three = stack.enter_context(prometheus(3, address, tmp_path / "three"))
         dotted = stack.enter_context(prometheus(3, address, tmp_path / "dotted", escaped=False))
-        with serve(*options, cwd=tmp_path, ports=False) as service, stub_of(service) as stub:
+        with serve(*options, cwd=tmp_path, ports=False, reference_peers=True) as service, stub_of(service) as stub:
 
             def firing(*names: str) -> None:
                 for server in (two, three):
@@ -49,10 +49,10 @@ def test_faults_of_a_run_are_alerts_that_clear(tmp_path: Path) -> None:
             wait_for(lambda: dotted.firing() == {"TolariaNamesNotEscaped"}, every_s=0.2)
 
             raised = admin.RaiseEmergencyRequest(request_id="1", level=EMERGENCY_LEVEL_HALT, reason="a test")
-            stub.RaiseEmergency(raised, timeout=30)
+            stub.RaiseEmergency(raised, timeout=60)
             firing("TolariaHalted")
-            stub.ClearEmergency(admin.ClearEmergencyRequest(request_id="2", reason="over"), timeout=30)
-            stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="3", reason="on"), timeout=30)
+            stub.ClearEmergency(admin.ClearEmergencyRequest(request_id="2", reason="over"), timeout=60)
+            stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="3", reason="on"), timeout=60)
             firing()
 
             (state / "checkpoints").rename(state / "elsewhere")

@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
+from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN
 from support.processes import Serve, is_alive, serve, stub_of
 from support.waiting import wait_for
 
@@ -29,7 +30,7 @@ BUF = Path(sys.executable).with_name("buf")
 def get(service: Serve, path: str) -> tuple[int, str]:
     """Returns status code and body of a page on the metrics port."""
     try:
-        with urllib.request.urlopen(f"http://{service.addresses()[1]}{path}", timeout=10) as response:
+        with urllib.request.urlopen(f"http://{service.addresses()[1]}{path}", timeout=60) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -37,9 +38,9 @@ def get(service: Serve, path: str) -> tuple[int, str]:
 
 def wait_for_steps(stub: TolariaAdminServiceStub, more_than: int = 0) -> admin.GetStatusResponse:
     """Waits at most a minute for a status with more global steps than `more_than`."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
-        status: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=10)
+        status: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=60)
         if status.global_step > more_than:
             return status
         time.sleep(0.02)
@@ -51,10 +52,10 @@ def test_a_service_trains_answers_scrapes_and_drains(tmp_path: Path) -> None:
 
     A stream that is open when SIGTERM comes gets the last status and ends; it does not delay the shutdown.
     """
-    with serve(*LONG, cwd=tmp_path) as service, stub_of(service) as stub:
+    with serve(*LONG, cwd=tmp_path, reference_peers=True) as service, stub_of(service) as stub:
         status = wait_for_steps(stub, 50)
         assert status.state == admin.RUN_STATE_RUNNING
-        paused = stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=10)
+        paused = stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=60)
         first = stub.GetStatus(admin.GetStatusRequest())
         for number in range(3):  # a lane that was not held would make steps between these
             request = admin.CreateCheckpointRequest(request_id=f"c{number}", reason="look")
@@ -63,7 +64,7 @@ def test_a_service_trains_answers_scrapes_and_drains(tmp_path: Path) -> None:
         assert first.state == second.state == admin.RUN_STATE_PAUSED
         assert first.global_step == second.global_step == paused.global_step
         assert second.state_reason == "look"
-        stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="r", reason="fine"), timeout=10)
+        stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="r", reason="fine"), timeout=60)
         wait_for_steps(stub, paused.global_step)
         code, text = get(service, "/metrics")
         assert code == 200
@@ -101,7 +102,7 @@ def test_a_signal_right_after_the_start_drains(more: list[str], code: int, tmp_p
 def test_a_finished_run_stays_readable(tmp_path: Path) -> None:
     """Without exit_when_done the service keeps serving status, metrics and readiness."""
     with serve("training.epochs=1", cwd=tmp_path) as service, stub_of(service) as stub:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while stub.GetStatus(admin.GetStatusRequest()).state != admin.RUN_STATE_FINISHED:
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -113,8 +114,7 @@ def test_a_finished_run_stays_readable(tmp_path: Path) -> None:
 WORKERS = ["training.job=support.user_jobs:Loader", "training.options.workers=2"]
 
 
-@pytest.mark.parametrize("job", [[], WORKERS], ids=["digits", "workers"])
-@pytest.mark.parametrize("end", ["drained", "finished"])
+@pytest.mark.parametrize(("end", "job"), [("finished", []), ("drained", WORKERS)], ids=["digits", "workers"])
 def test_everything_ends_by_itself(end: str, job: list[str], tmp_path: Path) -> None:
     """No peer has to be killed, no process is left, and the service is gone soon after it has logged `stopped`.
 
@@ -122,7 +122,7 @@ def test_everything_ends_by_itself(end: str, job: list[str], tmp_path: Path) -> 
     """
     finite = ["training.epochs=3", "service.exit_when_done=true", "service.exit_code_drained=143"]
     length = LONG if end == "drained" else finite
-    with serve(*job, *length, cwd=tmp_path) as service, stub_of(service) as stub:
+    with serve(*job, *length, cwd=tmp_path, reference_peers=True) as service, stub_of(service) as stub:
         children = service.children()
         if end == "drained":
             wait_for_steps(stub)
@@ -143,7 +143,7 @@ def test_everything_ends_by_itself(end: str, job: list[str], tmp_path: Path) -> 
 def test_a_slow_peer_gets_what_is_left_of_the_drain_timeout(tmp_path: Path) -> None:
     """It stands still for longer than the tenth that is its share, and is not killed."""
     limits = ["service.drain_timeout_s=20", "emergency.drain_s=30"]
-    with serve(*LONG, *limits, cwd=tmp_path) as service, stub_of(service) as stub:
+    with serve(*LONG, *limits, cwd=tmp_path, reference_peers=True) as service, stub_of(service) as stub:
         wait_for_steps(stub)
         (slow,) = [pid for pid in service.children() if b"\0kasmina\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(slow, signal.SIGSTOP)
@@ -165,7 +165,7 @@ def test_the_code_of_a_job_runs_as_in_a_plain_process(tmp_path: Path) -> None:
 def test_a_job_that_fails_during_training_fails_the_run(tmp_path: Path) -> None:
     """The state is FAILED, the service is not ready and exits with code 1; the traceback is in the log."""
     with serve("training.job=support.jobs:LateCrashJob", cwd=tmp_path) as service, stub_of(service) as stub:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while stub.GetStatus(admin.GetStatusRequest()).state != admin.RUN_STATE_FAILED:
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -181,7 +181,7 @@ def test_a_hanging_job_does_not_prevent_shutdown(tmp_path: Path) -> None:
     """If a microbatch never returns, SIGTERM ends the process within the drain timeout, with exit code 1."""
     arguments = ["training.job=support.jobs:StuckJob", "service.drain_timeout_s=4"]
     with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
-        wait_for(lambda: stub.GetStatus(admin.GetStatusRequest(), timeout=10).phase == "starting")  # the first step
+        wait_for(lambda: stub.GetStatus(admin.GetStatusRequest(), timeout=60).phase == "starting")  # the first step
         started = time.monotonic()
         service.terminate()
         assert service.wait() == 1
@@ -193,8 +193,6 @@ def test_a_hanging_job_does_not_prevent_shutdown(tmp_path: Path) -> None:
     ("override", "code", "words"),
     [
         ("training.job=nope", 2, "training.job 'nope' is not registered"),
-        ("training.job=support.jobs:raising_factory", 2, "ZeroDivisionError: no shards"),
-        ("training.job=support.jobs:not_a_job", 2, "lacks build_model"),
         ("training.job=support.jobs:VectorLossJob", 2, "must be a scalar, got shape (8, 1)"),
         ("training.epocs=3", 2, "training.epocs: unknown field"),
         ("tamiyo.target=nowhere", 2, "'nowhere' is not host:port"),
@@ -211,14 +209,6 @@ def test_an_invalid_start_prints_one_clear_message(override: str, code: int, wor
     assert '"run_state"' not in said
     assert '"lane_stuck"' not in said
     assert words in "\n".join(service.lines[-2:])
-
-
-def test_an_empty_dataset_prints_one_clear_message(tmp_path: Path) -> None:
-    """The process exits with code 2 and names the problem."""
-    arguments = ["training.job=support.jobs:TinyJob", "training.options.samples=0"]
-    with serve(*arguments, cwd=tmp_path) as service:
-        assert service.wait() == 2
-    assert "its training data holds no batch" in service.lines[-1]
 
 
 BROKEN_JOB = "training.job=support.jobs:raising_factory"
@@ -257,13 +247,12 @@ def test_an_independent_client_works_by_reflection(tmp_path: Path) -> None:
         assert "reason: must not be empty" in refused.stderr
 
 
-@pytest.mark.parametrize("peer", ["tamiyo", "kasmina"])
-def test_a_dead_peer_does_not_stop_training(peer: str, tmp_path: Path) -> None:
-    """With nothing listening at the target, training continues at full speed, and the breaker opens."""
-    arguments = [f"{peer}.target=127.0.0.1:1", "training.epochs=100000"]
+def test_dead_peers_do_not_stop_training(tmp_path: Path) -> None:
+    """With nothing listening at the targets, training continues at full speed, and the breakers open."""
+    arguments = ["tamiyo.target=127.0.0.1:1", "kasmina.target=127.0.0.1:1", "training.epochs=100000"]
     with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
-        deadline = time.monotonic() + 60
-        while stub.GetStatus(admin.GetStatusRequest()).breakers[peer] != 2:
+        deadline = time.monotonic() + 180
+        while set(stub.GetStatus(admin.GetStatusRequest()).breakers.values()) != {CIRCUIT_STATE_OPEN}:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         status = wait_for_steps(stub, stub.GetStatus(admin.GetStatusRequest()).global_step)

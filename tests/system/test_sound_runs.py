@@ -50,7 +50,10 @@ def test_small_batches_and_noise_are_left_alone(
     for seed in (0, 1) if long else (0,):
         directory = tmp_path / str(seed)
         directory.mkdir()
-        with serve(*settings, f"training.seed={seed}", cwd=directory) as service, stub_of(service) as stub:
+        with (
+            serve(*settings, f"training.seed={seed}", cwd=directory, reference_peers=True) as service,
+            stub_of(service) as stub,
+        ):
             wait_for(lambda: status(stub).state in ENDED, 1500.0, every_s=0.2)
             found = status(stub)
             service.terminate()
@@ -94,7 +97,10 @@ def test_a_busy_machine_is_no_emergency(tmp_path: Path, request: pytest.FixtureR
     settings = [f"training.job={DIGITS}", "training.options.batch=130", "training.device=cpu"]
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
-        with serve(*settings, f"training.epochs={epochs}", cwd=tmp_path) as service, stub_of(service) as stub:
+        with (
+            serve(*settings, f"training.epochs={epochs}", cwd=tmp_path, reference_peers=True) as service,
+            stub_of(service) as stub,
+        ):
             wait_for(lambda: status(stub).state in ENDED, 1500.0, every_s=0.2)
             found = status(stub)
             service.terminate()

@@ -106,10 +106,7 @@ def test_everything_that_is_asked_of_the_page_is_there(opened: Browser) -> None:
         "Lane restarted: crashed",
     ):
         assert words in incidents
-    points = opened.text("#points")
-    assert {word for word in ("memory", "disk", "proven", "not proven yet") if word in points} == {
-        "memory", "disk", "proven", "not proven yet",
-    }  # fmt: skip
+    opened.until(lambda: all(word in opened.text("#points") for word in ("memory", "disk", "proven", "not proven yet")))
     assert opened.run(NODES, "#ranks tbody tr") == 8
     assert "grad.noise" in opened.text("#figures")
     assert "50 / 60 epochs" in opened.text(".progress")
@@ -253,7 +250,7 @@ def test_the_page_of_a_real_service_in_all_its_states(browser: Browser, tmp_path
     browser.console()  # what a page of another test has said
     settings = ["training.epochs=100000", f"training.run_name={MARKUP}", f"state.dir={tmp_path / 'state'}"]
     browser.emulate()
-    with serve(*settings, cwd=tmp_path) as service:
+    with serve(*settings, cwd=tmp_path, reference_peers=True) as service:
         browser.open(f"http://{service.addresses()[1]}/")
         browser.until(lambda: browser.text("#link") == "live")
         with stub_of(service) as stub:

@@ -21,7 +21,7 @@ def test_traces_are_linked_across_processes(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
     with http_collector() as collector:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
-        with serve("training.epochs=100000", cwd=tmp_path) as service, stub_of(service) as stub:
+        with serve("training.epochs=100000", cwd=tmp_path, reference_peers=True) as service, stub_of(service) as stub:
             collector.spans("tolaria.epoch", "kasmina/ExportSeedStates", "tolaria.checkpoint", timeout_s=60)
             request = admin.TriggerRollbackRequest(request_id="r-1", reason="practice")
             stub.TriggerRollback(request, timeout=60, metadata=(("traceparent", CALLER),))

@@ -39,12 +39,12 @@ def test_a_kill_and_rollbacks_of_both_tiers_change_nothing(tmp_path: Path) -> No
     for name in ("undisturbed", "disturbed"):
         (tmp_path / name).mkdir()
     with serve(*SETTINGS, "service.exit_when_done=true", cwd=tmp_path / "undisturbed") as service:
-        assert service.wait(120) == 0
+        assert service.wait() == 0
         expected = losses_of(service)
     slow = ["training.options.at=90", "training.options.step_s=0.02", "service.exit_when_done=true"]
     with serve(*SETTINGS, *slow, cwd=tmp_path / "disturbed") as service, stub_of(service) as stub:
-        wait_for(lambda: any(line["event"] == "tolaria.lane_recovered" for line in service.events()), 120)
-        wait_for(lambda: status(stub).global_step > 120, 120)
+        wait_for(lambda: any(line["event"] == "tolaria.lane_recovered" for line in service.events()))
+        wait_for(lambda: status(stub).global_step > 120)
         for number, tier in enumerate((ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL)):
             request = admin.TriggerRollbackRequest(request_id=str(number), reason="test", tier=tier)
             answer = stub.TriggerRollback(request, timeout=60)
@@ -52,7 +52,7 @@ def test_a_kill_and_rollbacks_of_both_tiers_change_nothing(tmp_path: Path) -> No
         shown = status(stub)
         assert shown.learning_rate_schedule == "OneCycleLR of the job, by step"
         assert set(shown.learning_rates) == {"body", "head"}
-        assert service.wait(120) == 0
+        assert service.wait() == 0
         assert losses_of(service) == expected
     assert last_checkpoint(tmp_path / "disturbed") == last_checkpoint(tmp_path / "undisturbed")
     assert "ema/loss" in json.dumps(expected)
@@ -69,7 +69,7 @@ def test_a_run_is_stopped_early_and_resumed_with_more_patience(tmp_path: Path) -
     found = []
     for patience in (2, 2, 4):
         with serve(*given, f"early_stopping.patience={patience}", cwd=tmp_path) as service:
-            assert service.wait(120) == 0
+            assert service.wait() == 0
             ends = [line for line in service.events() if line["event"] == "run_state" and line["state"] == "finished"]
         found.append((last_checkpoint(tmp_path)[0], str(ends[-1]["reason"])))
     stopped = "stopped early: score was 2 at step 16, and not better in the 2 evaluations since"

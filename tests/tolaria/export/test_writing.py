@@ -244,7 +244,7 @@ def test_a_child_process_is_killed_once_the_export_is_not_wanted(tmp_path: Path)
     )
     with ThreadPoolExecutor(1) as threads:
         result = threads.submit(_run, [sys.executable, "-c", code], stop)
-        until_s = time.monotonic() + 60
+        until_s = time.monotonic() + 180
         while not (place.exists() and place.read_text()) and time.monotonic() < until_s:
             time.sleep(0.01)
         stop.set()

@@ -221,7 +221,7 @@ def test_any_command_abandons_a_held_step() -> None:
 
 def test_the_first_decision_about_a_restore_is_final() -> None:
     """Either the lane is granted the change or the run forbids it, for each restore by itself."""
-    gate, later = RestoreGate(), time.monotonic() + 60
+    gate, later = RestoreGate(), time.monotonic() + 180
     assert gate.grant(1, later)
     assert not gate.forbid(1)
     assert gate.forbid(2)
@@ -243,7 +243,7 @@ def test_a_restore_past_its_deadline_is_not_granted() -> None:
 
 def test_only_recent_decisions_are_kept() -> None:
     """Memory is bounded: of more decisions than the queue has commands, twice over, the oldest is forgotten."""
-    gate, later = RestoreGate(), time.monotonic() + 60
+    gate, later = RestoreGate(), time.monotonic() + 180
     assert gate.grant(0, later)
     assert all(gate.forbid(command_id) for command_id in range(1, 512))
     assert not gate.forbid(0)
@@ -254,7 +254,7 @@ def test_only_recent_decisions_are_kept() -> None:
 
 def test_of_two_threads_exactly_one_decides() -> None:
     """Grant and forbid at the same time: never both, never neither."""
-    gate, later = RestoreGate(), time.monotonic() + 60
+    gate, later = RestoreGate(), time.monotonic() + 180
     for command_id in range(200):
         barrier = threading.Barrier(2)
 

@@ -227,7 +227,7 @@ async def test_a_journal_that_hangs_delays_neither_the_effect_nor_the_answer() -
     operation, journal = Operation(), MemoryJournal()
     journal.hangs = True
     async with open_ledger(journal) as ledger:
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             first = await ledger.once(request(), operation.now)
             assert await ledger.once(request(), operation.now) == first
     assert operation.times == 1
@@ -272,7 +272,7 @@ async def test_an_answer_is_in_the_journal_once_the_disk_responds(journal: Block
     operation, rows = Operation(), AsyncJournal(journal, "run")
     journal.gate.clear()
     try:
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             async with open_ledger(rows) as ledger:
                 answer = await ledger.once(request(), operation.now)
                 assert await ledger.once(request(), operation.now) == answer

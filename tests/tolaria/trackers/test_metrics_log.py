@@ -207,7 +207,7 @@ def test_putting_never_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.Mo
 
 def wait_until(condition: object) -> None:
     """Waits, with a bound, until a condition is true."""
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 180
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline_s
         time.sleep(0.01)

@@ -52,7 +52,7 @@ class Lane:
 
     async def until(self, kind: type[Event], count: int = 1) -> Event:
         """Waits for that many events of a kind; returns the last one."""
-        with anyio.fail_after(30):
+        with anyio.fail_after(60):
             while len(found := [event for event in self.events if isinstance(event, kind)]) < count:
                 await anyio.sleep(0.005)
         return found[count - 1]
@@ -74,7 +74,7 @@ async def running(script: str, monkeypatch: pytest.MonkeyPatch, **settings: obje
         lane.lane.start(lambda: lane.events.extend(lane.lane.take_events()))
         try:
             lane.lane.plan = plan
-            with anyio.fail_after(30):
+            with anyio.fail_after(60):
                 await lane.lane.open()
             assert lane.plans == 0  # the first process resumes from what the run has loaded
             yield lane
@@ -125,7 +125,7 @@ async def test_a_flood_of_events_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
     """In their order, without another limit than the lane's own waiting for room."""
     script = "say_ready()\nfor n in range(200): say(*[Held(n, k) for k in range(100)])\nwait()"
     async with running(script, monkeypatch) as lane:
-        with anyio.fail_after(30):
+        with anyio.fail_after(60):
             while len(lane.events) < 20_000:
                 await anyio.sleep(0.01)
         assert not any(isinstance(event, LaneLost) for event in lane.events)

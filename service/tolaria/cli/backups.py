@@ -63,7 +63,7 @@ def restore_backup(
     *,
     source: Annotated[Path, typer.Option("--from", metavar="DIR|FILE.tar", help="Backup to restore.")],
     replace: Annotated[
-        bool, typer.Option("--replace", help="Replace the state that is there; it is moved to a directory beside it.")
+        bool, typer.Option("--replace", help="Replace the state that is there; it is moved to a directory in it.")
     ] = False,
     state_dir: StateDir = None,
     config_file: ConfigFile = None,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import keyword
 import sys
 from enum import StrEnum
+from importlib.machinery import PathFinder
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -53,8 +55,10 @@ def new_job(
     as_json: Annotated[bool, typer.Option("--json", help="Print the file and the name of the job as JSON.")] = False,
 ) -> None:
     """Write a small commented job that runs as it is, and change it from there."""
-    if path.suffix != ".py" or not path.stem.isidentifier():
+    if path.suffix != ".py" or not path.stem.isidentifier() or keyword.iskeyword(path.stem):
         raise typer.BadParameter(f"{path.name} cannot be imported: name it with letters, digits and _, ending in .py")
+    if _is_installed(path.stem):
+        raise typer.BadParameter(f"{path.name} would stand for the installed module {path.stem}: give it another name")
     text = files("tolaria.cli").joinpath("templates", f"{kind}.py.txt").read_text(encoding="utf-8")
     try:
         with path.open("x", encoding="utf-8") as file:
@@ -67,6 +71,14 @@ def new_job(
         typer.echo(json.dumps({"path": str(path), "kind": kind.value, "job": f"{path.stem}:Job"}))
         return
     typer.echo(_NEXT.format(path=path, what=_WHAT[kind], module=path.stem))
+
+
+def _is_installed(module: str) -> bool:
+    """Whether Python has a module of that name outside the working directory."""
+    if module in sys.stdlib_module_names:
+        return True
+    elsewhere = [entry for entry in sys.path if entry and Path(entry).resolve() != Path.cwd()]
+    return PathFinder.find_spec(module, elsewhere) is not None
 
 
 @job_app.command("check-job")

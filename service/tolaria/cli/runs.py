@@ -13,6 +13,7 @@ import typer
 
 from tolaria.cli.admin_commands import ConfigFile, Overrides
 from tolaria.cli.completion import complete_run
+from tolaria.cli.errors import CommandFailedError
 from tolaria.cli.render import duration, one_line, print_table
 from tolaria.errors import ConfigurationError
 
@@ -118,6 +119,8 @@ def compare_runs(
     """
     records = _read(state_dirs, config_file, overrides)
     pair = [_find(records, first), _find(records, second)]
+    if pair[0] is pair[1]:
+        raise CommandFailedError(f"{first} and {second} are both run {pair[0].row.run_id}: name two runs")
     settings = _differing(pair)
     unknown = [record.row.run_id for record in pair if not record.settings]
     if as_json:

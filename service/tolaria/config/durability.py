@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tolaria.config.fields import FIGURE_NAME, LIVE, PositiveShare, Seconds, SecondsOrZero, Section
+from tolaria.config.fields import LIVE, BestMetric, PositiveShare, Seconds, SecondsOrZero, Section
 
 
 class HealthSettings(Section):
@@ -167,7 +167,7 @@ class CheckpointSettings(Section):
     keep_superseded_s: Annotated[SecondsOrZero, LIVE] = 86_400.0
     """Time for which superseded checkpoints are kept. 86400: a day, time to review a rollback."""
 
-    best: str = Field(default="accuracy", pattern=rf"^(accuracy|loss|{FIGURE_NAME}:(min|max))$")
+    best: BestMetric = "accuracy"
     """Validation metric that selects one more checkpoint to keep, the best; evaluations are judged by it too.
 
     accuracy, loss, or one that the job names, such as perplexity:min or f1:max; of a validation set by SET/NAME:min or

@@ -26,6 +26,19 @@ _NODES = re.compile(r"(\d{1,4})(?::(\d{1,4}))?", re.ASCII)
 _NODES_MAX = 256
 
 
+def _best_metric(text: str) -> str:
+    name, separator, direction = text.rpartition(":")
+    if text in {"accuracy", "loss"} or (direction in {"min", "max"} and re.fullmatch(FIGURE_NAME, name)):
+        return text
+    if not separator and re.fullmatch(FIGURE_NAME, text):
+        raise ValueError(f"{text!r} does not say whether the lowest or the highest is best: {text}:min or {text}:max")
+    raise ValueError(f"{text!r} is neither accuracy nor loss nor NAME:min or NAME:max")
+
+
+BestMetric = Annotated[str, AfterValidator(_best_metric)]
+"""accuracy, loss, or the name of a metric with `:min` or `:max`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     """A host and a port; port 0 lets the operating system choose. As text, IPv6 hosts are in brackets."""

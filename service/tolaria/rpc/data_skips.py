@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from leyline.v1 import admin_service_pb2 as admin
 from tolaria.errors import InvalidFieldError
 from tolaria.run.data_skips import DataSkip, DataSkips, new_skip_id
 from tolaria.run.run import TrainingRun
-from tolaria.values.training import BatchRange
-
-_PLACE_MAX: Final = 2**53
 
 
 async def skip_data(run: TrainingRun, request: admin.SkipDataRequest) -> DataSkip:
@@ -31,13 +26,8 @@ async def skip_data(run: TrainingRun, request: admin.SkipDataRequest) -> DataSki
     if not request.HasField("epoch"):
         steps = request.from_step, request.to_step if request.HasField("to_step") else request.from_step
         return await run.skip_data(skip_id, request.reason, run.skips.ranges_of_steps(*steps), steps)
-    if request.epoch < 1:
-        raise InvalidFieldError("epoch", "is counted from 1")
-    if not request.from_batch <= request.to_batch < _PLACE_MAX:
-        raise InvalidFieldError("to_batch", f"must not be less than from_batch, is {request.to_batch}")
-    return await run.skip_data(
-        skip_id, request.reason, (BatchRange(request.epoch, request.from_batch, request.to_batch),)
-    )
+    batches = run.skips.batches_of_epoch(request.epoch, request.from_batch, request.to_batch)
+    return await run.skip_data(skip_id, request.reason, batches)
 
 
 def skip_message(skip: DataSkip, skips: DataSkips) -> admin.DataSkip:

@@ -35,6 +35,8 @@ RANGES_MAX: Final = 10_000
 STEPS_MAX: Final = 100_000
 """Steps in one request."""
 
+_PLACE_MAX: Final = 2**53
+
 _log = structlog.get_logger(__name__)
 
 
@@ -101,14 +103,26 @@ class DataSkips:
         """
         if not self.places.begun:
             raise WrongStateError("the job is not built yet, so that nothing is known of its steps: name batches")
-        if not 1 <= first <= last:
-            raise InvalidFieldError("to_step", f"must not be less than from_step, which is at least 1, is {last}")
+        if first < 1:
+            raise InvalidFieldError("from_step", "steps are counted from 1")
+        if last < first:
+            raise InvalidFieldError("to_step", f"must not be less than from_step, {first}, is {last}")
         if last - first >= STEPS_MAX:
             raise InvalidFieldError("to_step", f"one request names at most {STEPS_MAX} steps, these are more")
         found = merged(self.places.of(step) for step in range(first, last + 1))
         if len(found) > SKIPS_MAX:
             raise InvalidFieldError("to_step", f"the steps have {len(found)} ranges of batches, at most {SKIPS_MAX}")
         return found
+
+    def batches_of_epoch(self, epoch: int, first: int, last: int) -> tuple[BatchRange, ...]:
+        """Returns batches by their places, all ends included. Raises InvalidFieldError if no epoch has the first."""
+        if epoch < 1:
+            raise InvalidFieldError("epoch", "is counted from 1")
+        if not first <= last < _PLACE_MAX:
+            raise InvalidFieldError("to_batch", f"must not be less than from_batch, {first}, is {last}")
+        if (end := self.places.epoch_batches) and first >= end:
+            raise InvalidFieldError("from_batch", f"an epoch has the batches 0 to {end - 1}, there is no batch {first}")
+        return (BatchRange(epoch, first, last),)
 
     async def add(
         self, skip_id: str, reason: str, ranges: tuple[BatchRange, ...], steps: tuple[int, int] | None = None

@@ -61,7 +61,7 @@ class LaneRestorer:
         points = self.points.of(snapshots, rows)
         choice = choose(points, rollback)
         if choice is None:
-            raise NoCheckpointError(_nothing_for(rollback, points))
+            raise NoCheckpointError(nothing_for(rollback, points))
         self._candidates = choice.checkpoints
         rollback.tier, rollback.chosen_step = choice.point.tier, choice.point.global_step
         rollback.chosen = str(choice)
@@ -140,7 +140,7 @@ class LaneRestorer:
         return loaded
 
 
-def _nothing_for(rollback: Rollback, points: Sequence[RestorePoint]) -> str:
+def nothing_for(rollback: Rollback, points: Sequence[RestorePoint]) -> str:
     """Returns why there is none among the restore points for a rollback."""
     if rollback.checkpoint_id:
         return f"nothing to go back to: there is no checkpoint {rollback.checkpoint_id}; it may have been removed"
@@ -150,4 +150,16 @@ def _nothing_for(rollback: Rollback, points: Sequence[RestorePoint]) -> str:
     before = "" if rollback.before_step is None else f"{' and' if target else ''} before step {rollback.before_step}"
     live = [point.global_step for point in points if not point.superseded]
     oldest = f"; the oldest of all is of step {min(live)}" if live else ""
-    return f"nothing to go back to: no {kind}restore point{tier}{target}{before}{oldest}"
+    return f"nothing to go back to: no {kind}restore point{tier}{target}{before}{oldest}{_superseded(rollback, points)}"
+
+
+def _superseded(rollback: Rollback, points: Sequence[RestorePoint]) -> str:
+    """Returns which superseded checkpoint there is at or before a target step, and how to go back to it."""
+    step = rollback.target_step
+    if step is None or rollback.automatic:
+        return ""
+    rows = [point for point in points if point.superseded and point.checkpoint and point.global_step <= step]
+    newest = max(rows, key=lambda point: point.age_key, default=None)
+    if newest is None or newest.checkpoint is None:
+        return ""
+    return f"; a superseded one is of step {newest.global_step}: checkpoint {newest.checkpoint.checkpoint_id}"

@@ -60,6 +60,11 @@ class StepPlaces:
         self.reached = (0, 0)
         """Epoch and place of the batch that is read next."""
 
+    @property
+    def epoch_batches(self) -> int:
+        """Batches of an epoch, at most; 0 if that is not known."""
+        return self._epoch_steps * self._size
+
     def begin(self, progress: EpochProgress, global_step: int, epoch_steps: int) -> None:
         """Takes the position at which a process starts; knows the steps before it if nothing was left out of them.
 

@@ -52,9 +52,11 @@ def test_an_existing_file_is_kept(tmp_path: Path) -> None:
     assert "mine.py exists already" in again.output
 
 
-@pytest.mark.parametrize("name", ["my-job.py", "job.txt", "2nd.py", "no_such_directory/job.py"])
+@pytest.mark.parametrize(
+    "name", ["my-job.py", "job.txt", "2nd.py", "class.py", "torch.py", "json.py", "no_such_directory/job.py"]
+)
 def test_a_file_that_cannot_be_imported_or_written_is_refused(name: str, tmp_path: Path) -> None:
-    """Names that Python cannot import, and a missing directory."""
+    """Names that Python cannot import, or would import for an installed module, and a missing directory."""
     assert CliRunner().invoke(app, ["new-job", name]).exit_code != 0
     assert list(tmp_path.iterdir()) == []
 

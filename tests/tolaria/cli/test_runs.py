@@ -111,7 +111,8 @@ def test_comparison_names_the_settings_that_differ(state: Path) -> None:
     document = as_json(state, "compare", "aa11", "ab22")
     assert document["settings"] == {"training.epochs": {"first": 20, "second": 7}}
     assert document["settings_unknown"] == []
-    assert "no setting differs" in run(state, "compare", "aa11", "aa11")
+    itself = runner.invoke(app, ["runs", "compare", "aa11", "base", "--state-dir", str(state)])
+    assert (itself.exit_code, "aa11 and base are both run aa11" in itself.output) == (1, True)
 
 
 def test_runs_of_two_directories_are_compared(state: Path, tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ def test_each_setting_is_read() -> None:
         (["kasmina.drain_s=10"], "kasmina.drain_s must be less than service.drain_timeout_s"),
         (["leyline.nonce_window_s=10"], "leyline.nonce_window_s"),
         (["leyline.nonce_window_s=119"], "twice leyline.freshness_s, which counts both ways"),
+        (["checkpoint.best=noisy/ppl"], "noisy/ppl:min or noisy/ppl:max"),
+        (["checkpoint.best=f1:highest"], "neither accuracy nor loss nor NAME:min or NAME:max"),
         (["leyline.freshness_s=151"], "twice leyline.freshness_s, which counts both ways"),
     ],
 )

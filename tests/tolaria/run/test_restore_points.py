@@ -12,6 +12,7 @@ from tolaria.images import SnapshotInfo
 from tolaria.journal.rows import CheckpointRow
 from tolaria.rollback.protocol import Rollback
 from tolaria.run.restore_points import RestorePoint, RestorePoints, attempts_used, choose, resumed_points
+from tolaria.run.restorer import nothing_for
 from tolaria.values.lineage import Lineage
 from tolaria.values.training import Position
 
@@ -261,3 +262,17 @@ def test_the_checkpoint_of_the_state_that_is_left_is_no_target() -> None:
     choice = choose(map(point, ("c30+", "c50")), rollback)
     assert choice is not None
     assert (name(choice.point), [row.checkpoint_id for row in choice.checkpoints]) == ("c30", ["c30"])
+
+
+@pytest.mark.parametrize(
+    ("points", "step", "words"),
+    [
+        ("s50 c20x+ c10x", 30, "the oldest of all is of step 50; a superseded one is of step 20: checkpoint c20"),
+        ("s50 c40x", 30, "the oldest of all is of step 50"),
+        ("c30x", 30, "at or before step 30; a superseded one is of step 30: checkpoint c30"),
+    ],
+)
+def test_who_finds_no_point_learns_which_superseded_one_there_is(points: str, step: int, words: str) -> None:
+    """With the id by which an operator can go back to it."""
+    rollback = Rollback(AUTO, step, "odd", "operator")
+    assert nothing_for(rollback, [point(each) for each in points.split()]).endswith(words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -82,7 +82,14 @@ class Host:
         """How the run left this process; None until then."""
 
     async def serve(self) -> int:
-        """Starts everything, trains, stops everything; returns the exit code."""
+        """Starts everything, trains, stops everything; returns the exit code.
+
+        Signals are received as long as there is anything to stop: one that comes then does not end the process.
+        """
+        with ExitStack() as receivers:
+            return await self._serve(receivers)
+
+    async def _serve(self, receivers: ExitStack) -> int:
         status = self._core.status
         async with AsyncExitStack() as stack:
             publish_phase(self._core)
@@ -102,7 +109,8 @@ class Host:
             server = await stack.enter_async_context(self._admin_server(service, operations))
             stack.push_async_callback(self._end_lane)
             # Before the log says so: until now a signal interrupts the event loop.
-            signals = stack.enter_context(anyio.open_signal_receiver(*_SIGNALS))
+            receivers.callback(_ignore_signals)
+            signals = receivers.enter_context(anyio.open_signal_receiver(*_SIGNALS))
             self._log.info(
                 "serving",
                 grpc=str(server.address),
@@ -299,3 +307,10 @@ class Host:
             metrics=self._foundation.metrics,
             emitter=self._foundation.emitter,
         )
+
+
+def _ignore_signals() -> None:
+    """Has no signal end this process before it has closed what it has opened: it is about to end."""
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda _number, _frame: None)  # a function: children do not inherit it

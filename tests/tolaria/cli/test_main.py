@@ -160,7 +160,18 @@ def test_the_help_of_all_commands_imports_nothing_slow() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "restore-points" in done.stdout
-    slow = {"pydantic", "tolaria.config", "grpc", "asyncio", "anyio", "sqlite3", "numpy", "torch", "structlog", "xxhash"}
+    slow = {
+        "pydantic",
+        "tolaria.config",
+        "grpc",
+        "asyncio",
+        "anyio",
+        "sqlite3",
+        "numpy",
+        "torch",
+        "structlog",
+        "xxhash",
+    }
     assert slow & set(done.stderr.split()) == set()
 
 

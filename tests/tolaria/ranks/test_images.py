@@ -42,7 +42,7 @@ class Recorded(Group):
 
 def drawn() -> tuple[int, float, float]:
     """A number of each global generator of the processor."""
-    return int(torch.randint(2**40, ())), random.random(), float(np.random.random())  # noqa: NPY002, S311 - the global ones
+    return int(torch.randint(2**40, ())), random.random(), float(np.random.random())  # noqa: NPY002 - the global ones
 
 
 def seed(number: int) -> None:
@@ -70,7 +70,7 @@ def module_of(rank: int, sent: list[Any], orders: list[tuple[int, float, float]]
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_new_pass_within_an_epoch_leaves_each_rank_its_random_numbers(rank: int) -> None:
-    """All ranks draw the same order of it; noise and dropout of the step are those of the rank, as in any other step."""
+    """All ranks draw the same order of it; noise and dropout of the step are those of the rank, as in any step."""
     sent, orders, after = list[Any](), list[tuple[int, float, float]](), list[tuple[int, float, float]]()
     for each in range(rank + 1):
         module = module_of(each, sent, orders)

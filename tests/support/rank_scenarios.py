@@ -18,11 +18,15 @@ from torch import Tensor, nn
 from leyline.v1.enums_pb2 import SeedLifecycleStage
 from support.lane_driver import NoHeartbeat, RunningLane, running, seed
 from support.waiting import wait_for
+from tolaria.checkpoint.format import Provenance
+from tolaria.checkpoint.storage import open_storage
+from tolaria.checkpoint.store import Retention
 from tolaria.checkpoint.tensor_file import file_pieces
 from tolaria.config import Settings
 from tolaria.errors import BlueprintError
 from tolaria.images import StateImage
 from tolaria.lane.build import BuiltLane, build
+from tolaria.lane.evaluation import evaluate
 from tolaria.lane.group_state import GroupRestore
 from tolaria.lane.hosting import build_on_all_ranks
 from tolaria.lane.messages import (
@@ -159,6 +163,27 @@ def save(group: Group | None, *, directory: str, job: str = "UnevenJob") -> str:
         Path(directory, "values.json").write_bytes(image.values)
         Path(directory, "position.json").write_text(json.dumps(asdict(image.position)))
         return image.seal().total
+
+
+def write_checkpoint(group: Group | None, *, directory: str) -> list[float]:
+    """Trains sharded, with a seed that is blended half, and writes a checkpoint; returns the sums of an evaluation."""
+    built = _sharded(group, "UnevenJob")
+    module, snapshots = built.module, built.snapshots
+    model = built.ready.model
+    _train(built, 5)
+    module.seeds.reconcile(seed(begin=0, steps=20), module.global_step)
+    module.refresh()
+    _train(built, 10)
+    module.seeds.advance(module.global_step)
+    found = evaluate(module)
+    assert found is not None
+    if group is not None and not group.leads:
+        snapshots.take_part()
+    else:
+        storage = open_storage(Path(directory), run_id="run", retention=Retention(1, "highest"))
+        with storage.journal, snapshots.capture_image(beside=True) as image:
+            storage.checkpoints.write(image, metric=0.5, provenance=Provenance(model=model))
+    return [found.loss_sum, float(found.correct or 0), float(found.samples)]
 
 
 def load(group: Group | None, *, directory: str, job: str = "UnevenJob") -> dict[str, Any]:

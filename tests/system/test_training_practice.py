@@ -13,6 +13,9 @@ from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL
 from support.processes import Serve, serve, status, stub_of
 from support.runs_on_disk import last_checkpoint
 from support.waiting import wait_for
+from tolaria.checkpoint.directory import JOURNAL
+from tolaria.journal.reader import read_journal
+from tolaria.journal.rows import STOPPED_EARLY, CommandRow
 
 SETTINGS: Final = [
     "preset=plain",
@@ -60,7 +63,7 @@ def test_a_kill_and_rollbacks_of_both_tiers_change_nothing(tmp_path: Path) -> No
 
 @pytest.mark.timeout(300)
 def test_a_run_is_stopped_early_and_resumed_with_more_patience(tmp_path: Path) -> None:
-    """It has finished, for a reason that its state has; the same settings leave it so."""
+    """It has finished, for a reason that its state and its journal have; the same settings leave it so, and say why."""
     given = [
         "preset=plain", "training.job=support.practice_jobs:Scored", "training.device=cpu", "training.threads=1",
         "training.epochs=6", "training.options.scores=[3, 2, 2, 2, 2, 1]", "early_stopping.metric=score",
@@ -71,6 +74,13 @@ def test_a_run_is_stopped_early_and_resumed_with_more_patience(tmp_path: Path) -
         with serve(*given, f"early_stopping.patience={patience}", cwd=tmp_path) as service:
             assert service.wait() == 0
             ends = [line for line in service.events() if line["event"] == "run_state" and line["state"] == "finished"]
+            begun = next(str(line["detail"]) for line in service.events() if line["event"] == "state")
         found.append((last_checkpoint(tmp_path)[0], str(ends[-1]["reason"])))
+        assert ("is resumed; it had stopped early: score was 2 at step 16" in begun) is (len(found) > 1)
     stopped = "stopped early: score was 2 at step 16, and not better in the 2 evaluations since"
-    assert found == [(32, stopped), (32, stopped), (48, "all epochs done")]
+    to_go_on = (
+        "to go on, set a larger early_stopping.patience (it is 2), another early_stopping.metric (it is score) or none"
+    )
+    assert found == [(32, stopped), (32, f"{stopped}; {to_go_on}"), (48, "all epochs done")]
+    rows = read_journal(tmp_path / "state" / JOURNAL, CommandRow)
+    assert [(row.kind, row.global_step, row.reason) for row in rows] == [(STOPPED_EARLY, 32, stopped)]

@@ -16,7 +16,15 @@ from tolaria.checkpoint.format import Manifest, read_manifest
 from tolaria.errors import CheckpointDamagedError, CheckpointUnreadableError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.reader import read_journal
-from tolaria.journal.rows import CheckpointRow, CommandRow, EmergencyRow, FaultRow, RollbackRow, RunRow
+from tolaria.journal.rows import (
+    NO_COMMANDS,
+    CheckpointRow,
+    CommandRow,
+    EmergencyRow,
+    FaultRow,
+    RollbackRow,
+    RunRow,
+)
 
 _KEPT = frozenset({"committed", "superseded"})
 
@@ -89,10 +97,14 @@ def read_runs(directory: Path) -> list[PastRun]:
             run,
             [row for row in checkpoints if row.run_id == run.run_id],
             incidents=[incident for run_id, incident in incidents if run_id == run.run_id],
-            commands=sum(row.run_id == run.run_id and row.outcome == "applied" for row in commands),
+            commands=sum(row.run_id == run.run_id and _is_applied_command(row) for row in commands),
         )
         for run in runs
     ]
+
+
+def _is_applied_command(row: CommandRow) -> bool:
+    return row.outcome == "applied" and row.kind not in NO_COMMANDS
 
 
 def _record(

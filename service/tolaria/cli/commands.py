@@ -62,6 +62,9 @@ class CommandGroup(TyperGroup):
 
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override] # typer passes its own kind of context
         """Invokes the command. Any exception that is not a TolariaError keeps its traceback."""
+        from tolaria.config import quieten_grpc  # here: the help of all commands needs no settings, a slow import
+
+        quieten_grpc()
         try:
             result = super().invoke(ctx)
             # A full disk is reported here; the interpreter's flush at exit could not report it.

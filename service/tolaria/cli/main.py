@@ -34,9 +34,6 @@ def _run() -> None:
     if isinstance(out := sys.stdout, io.TextIOWrapper):
         encoding, errors, line_buffering = out.encoding, out.errors, out.line_buffering
         sys.stdout = CheckedOutput(out.detach(), encoding=encoding, errors=errors, line_buffering=line_buffering)
-    from tolaria.config import quieten_grpc
-
-    quieten_grpc()
     from tolaria.cli.commands import app
 
     try:

@@ -284,6 +284,12 @@ class EarlyStoppingSettings(Section):
         """The metric and its direction, as in `checkpoint.best`; empty if no evaluation ends the run."""
         return f"{self.metric}:{'max' if self.highest_is_best else 'min'}" if self.metric else ""
 
+    @property
+    def to_go_on(self) -> str:
+        """What has a run that was stopped early go on."""
+        patience = f"a larger early_stopping.patience (it is {self.patience})"
+        return f"to go on, set {patience}, another early_stopping.metric (it is {self.metric}) or none"
+
     def problems(self) -> list[str]:
         """Returns what is wrong with metric and mode together."""
         kind = self.metric.rpartition("/")[2]

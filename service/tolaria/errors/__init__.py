@@ -39,6 +39,7 @@ from tolaria.errors.base import IllegalMoveError as IllegalMoveError
 from tolaria.errors.base import IllegalTransitionError as IllegalTransitionError
 from tolaria.errors.base import StateHeldError as StateHeldError
 from tolaria.errors.base import TolariaError as TolariaError
+from tolaria.errors.base import first_line as first_line
 from tolaria.errors.operation import BackupDamagedError as BackupDamagedError
 from tolaria.errors.operation import BackupError as BackupError
 from tolaria.errors.operation import BlockOwnedError as BlockOwnedError

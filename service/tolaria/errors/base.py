@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message."""
+    return (str(error).strip().splitlines() or [""])[0]
+
+
 class TolariaError(Exception):
     """Base class of all errors; `fields` are the constructor's arguments if they are not just the message."""
 

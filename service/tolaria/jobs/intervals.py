@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final, cast
 
 from tolaria.errors import EmptyDatasetError
@@ -20,12 +21,12 @@ class IntervalCursor:
 
     Attributes:
         data: the other cursor, whose epochs are the passes over the data.
-        before_pass: called before each pass but the first of a run, on all ranks alike.
+        pass_begins: spans the begin of each pass but the first of a run, on all ranks alike.
     """
 
     def __init__(self, data: BatchCursor, batches: int) -> None:
         self.data = data
-        self.before_pass: Callable[[], object] = lambda: None
+        self.pass_begins: Callable[[], AbstractContextManager[object]] = nullcontext
         self._batches = batches
         self._pass = 0
         self._index = 0
@@ -51,8 +52,8 @@ class IntervalCursor:
             return None
         batch = self.data.next_batch()
         if batch is None:
-            self.before_pass()
-            self._begin_pass()
+            with self.pass_begins():
+                self._begin_pass()
             batch = self.data.next_batch()
         if batch is None:
             raise EmptyDatasetError(f"its training data holds no batch in pass {self._pass}")

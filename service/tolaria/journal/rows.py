@@ -91,10 +91,29 @@ class CheckpointRow(Row):
 DATA_SKIPS: Final = "data_skips"
 """Kind of a row of the commands whose `reason` has the data that operators have left out, as JSON."""
 
+ADJUSTMENTS: Final = "learning_rates"
+"""Kind of the one row of a run whose `reason` has the adjustments of learning rates in force, as JSON."""
+
+BRANCH: Final = "branch"
+"""Kind of the row whose `reason` says, as JSON, where a run has branched off."""
+
+SCHEDULED: Final = "learning_rate_scheduled"
+"""Kind of a row whose `reason` has, as JSON, the rates that the job's schedule has changed after an evaluation, and
+why."""
+
+STOPPED_EARLY: Final = "stopped_early"
+"""Kind of a row whose `reason` says why early stopping ends the run at its `global_step`."""
+
+NO_COMMANDS: Final = frozenset({DATA_SKIPS, ADJUSTMENTS, BRANCH, SCHEDULED, STOPPED_EARLY})
+"""Kinds of rows of the commands that the controller has not sent."""
+
 
 @dataclass(frozen=True, slots=True)
 class CommandRow(Row):
-    """A command from Tamiyo and the step at which it took effect. `outcome` is applied or rejected."""
+    """A command from Tamiyo, or what `NO_COMMANDS` names, and the step at which it took effect.
+
+    `outcome` is applied or rejected.
+    """
 
     table: ClassVar[str] = "commands"
     command_id: str

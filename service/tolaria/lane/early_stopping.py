@@ -11,6 +11,8 @@ from tolaria.config import EarlyStoppingSettings
 PART: Final = "early_stopping"
 """The name of this part of the training state."""
 
+SETTING: Final = "early_stopping.metric"
+
 
 class EarlyStopping:
     """Counts the evaluations since the best one. A part of the training state, so that a rollback undoes the count.
@@ -56,6 +58,11 @@ class EarlyStopping:
             "has never been a number" if math.isnan(self._best) else f"was {self._best:.6g} at step {self._best_step}"
         )
         return f"stopped early: {settings.metric} {best}, and not better in the {self._since} evaluations since"
+
+    def missing(self, figures: Mapping[str, float]) -> dict[str, str]:
+        """Returns the metric that an evaluation lacks, by the name of the setting; nothing if it has the metric."""
+        metric = self._settings.metric
+        return {SETTING: metric} if metric and metric not in figures else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the best value and what has followed it."""

@@ -20,13 +20,14 @@ from tolaria.errors import (
     RollbackError,
     StateMismatchError,
     StateUnsupportedError,
+    first_line,
 )
 from tolaria.images import StateImage
 from tolaria.jobs import BatchCursor, LoaderCursor, StatefulJob, TrainingJob
 from tolaria.lane.device import on_device
 from tolaria.lane.evaluation import METHOD, batches_of, evaluated, sets_of
 from tolaria.lane.job_effects import LossesObserved, check_tensors, checked_twice, own_steps_refused, tensors_of
-from tolaria.lane.job_output import call, checked_batch, first_line
+from tolaria.lane.job_output import call, checked_batch
 from tolaria.lane.step import train_step
 from tolaria.lane.train_module import TrainModule
 from tolaria.ranks.share import Share

@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final, cast
 
-from tolaria.errors import BrokenJobError
+from tolaria.errors import BrokenJobError, first_line
 from tolaria.jobs import CallbackJob, StatefulJob, TrainingJob
 from tolaria.jobs.callbacks import HOOKS, Callback, RunView
-from tolaria.lane.job_output import call, first_line
+from tolaria.lane.job_output import call
 from tolaria.state.encoding import KeptValues, capture_rngs, restore_rngs
 from tolaria.state.training_state import StatePart
 

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
-from tolaria.errors import BrokenJobError, JobError, LossShapeError
+from tolaria.errors import BrokenJobError, JobError, LossShapeError, first_line
 from tolaria.gradients import losses_by_source
 from tolaria.jobs import HOST, Batch, PerSampleLosses, TrainingJob
 from tolaria.values.evaluation import METRICS_MAX, Evaluation, Ratio, metric_name_problem
@@ -28,11 +28,6 @@ def call(method: str, function: Callable[[], T], kind: type[Any] = object) -> T:
     if not isinstance(made, kind):
         raise BrokenJobError(f"{method}() must return a {kind.__name__}, got a {type(made).__name__}")
     return made
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message."""
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 def checked_batch(given: object, where: str) -> Batch:

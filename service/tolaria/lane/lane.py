@@ -367,6 +367,9 @@ class ThreadLane:
                 module.callbacks.evaluated(figures)
             module.callbacks.epoch_end(module.progress.loss)
         stop = module.early_stopping.evaluated(figures, module.global_step)
+        missing = module.early_stopping.missing(figures)
+        if controller.job_schedule is not None:
+            missing |= controller.job_schedule.missing(figures)
         module.progress = module.progress.ended(stop)
         seeds = module.seeds.reported_states(module.global_step, gradients)
         event = EpochDone(
@@ -387,6 +390,7 @@ class ThreadLane:
             rank_loads=() if module.group is None else _loads(module, module.group),
             stop=stop,
             scheduled=scheduled,
+            missing_metrics=missing,
         )
         self._events.put(event)
 

@@ -342,6 +342,7 @@ class EpochDone:
     rank_loads: tuple[RankLoad, ...] = ()
     stop: str = ""  # why the run ends with this epoch
     scheduled: ScheduledRates | None = None  # what the job's schedule has changed
+    missing_metrics: Mapping[str, str] = field(default_factory=dict)  # what it lacks, by what in the lane names it
 
 
 @dataclass(frozen=True, slots=True)

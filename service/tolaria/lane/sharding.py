@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 from zlib import crc32
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from tolaria.errors import BrokenJobError
+from tolaria.errors import BrokenJobError, first_line
 from tolaria.lane.job_output import call
 from tolaria.ranks.group import Group
 from tolaria.shards import is_sharded
@@ -94,5 +94,4 @@ def _refusing(what: str, shard: Callable[[], object]) -> None:
     try:
         shard()
     except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        text = str(cast("object", error)).strip().splitlines() or [""]
-        raise BrokenJobError(f"{what}: {type(error).__name__}: {text[0]}") from error
+        raise BrokenJobError(f"{what}: {type(error).__name__}: {first_line(error)}") from error

@@ -41,7 +41,7 @@ from tolaria.lane.skipped_batches import SkippedBatches
 from tolaria.lane.trained_flags import TrainedFlags
 from tolaria.lane.weight_averages import WeightAverages
 from tolaria.ranks.group import Group
-from tolaria.ranks.images import broadcast_rng_state
+from tolaria.ranks.images import broadcast_rng_state, leading_generators
 from tolaria.ranks.share import Share
 from tolaria.shards import is_sharded, local
 from tolaria.state.encoding import KeptValues, capture_rngs, restore_rngs
@@ -166,7 +166,7 @@ class TrainModule:
     def group(self, group: Group | None) -> None:
         self._group = self.merger.group = group
         if group is not None and isinstance(self.cursor, IntervalCursor):
-            self.cursor.before_pass = lambda: broadcast_rng_state(group)
+            self.cursor.pass_begins = lambda: leading_generators(group)
 
     @property
     def steps_per_epoch(self) -> int:

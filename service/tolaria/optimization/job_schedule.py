@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from tolaria.errors import BrokenJobError
+from tolaria.errors import BrokenJobError, first_line
 from tolaria.optimization.groups import ParamGroup, name_of, rate_in
 
 Interval: TypeAlias = Literal["step", "epoch"]
@@ -127,6 +127,10 @@ class JobSchedule:
             elif self.monitor in figures:
                 self._called(scheduler.step, figures[self.monitor])
 
+    def missing(self, figures: Mapping[str, float]) -> dict[str, str]:
+        """Returns the monitored figure that an evaluation lacks, by what names it; nothing if it has the figure."""
+        return {f"{METHOD}: monitor": self.monitor} if self.monitor and self.monitor not in figures else {}
+
     def take_options(self) -> Iterator[tuple[str, str, Any]]:
         """Yields the options that schedulers have set since the last call, as group, option and value."""
         for number, group in enumerate(self._optimizer.param_groups):
@@ -163,8 +167,8 @@ class JobSchedule:
         try:
             return function(*arguments)
         except Exception as error:
-            text = (str(error).strip().splitlines() or [""])[0]
-            raise BrokenJobError(f"{METHOD}: {self.description}: raised {type(error).__name__}: {text}") from error
+            raised = f"raised {type(error).__name__}: {first_line(error)}"
+            raise BrokenJobError(f"{METHOD}: {self.description}: {raised}") from error
 
 
 def stand_in(optimizer: Optimizer) -> Optimizer:

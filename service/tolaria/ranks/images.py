@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 
 from torch import Tensor
@@ -35,6 +36,21 @@ def broadcast_rng_state(group: Group) -> None:
     group.broadcast_tensors(list(given.values()))
     if not group.leads:
         restore_rngs(given, values)
+
+
+@contextmanager
+def leading_generators(group: Group) -> Iterator[None]:
+    """Gives every rank the leader's state of the generators within the block; the other ranks have their own after it.
+
+    Raises PeerLostError.
+    """
+    own = None if group.leads else capture_rngs()
+    broadcast_rng_state(group)
+    try:
+        yield
+    finally:
+        if own is not None:
+            restore_rngs(*own)
 
 
 def receive_image(group: Group, state: TrainingState) -> StateImage:

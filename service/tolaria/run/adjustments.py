@@ -13,14 +13,13 @@ import structlog
 from tolaria.errors import AdjustmentRefusedError, JournalError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.database import Journal
-from tolaria.journal.rows import CommandRow
+from tolaria.journal.rows import ADJUSTMENTS, CommandRow
 from tolaria.lane.messages import ChangeOptimizer
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.status import RunStatus
 from tolaria.values.optimization import OF_THE_RUN, ActiveAdjustment, Adjustment
 
-KIND: Final = "learning_rates"
-"""Kind of the one row of a run, in the table of commands, that has the adjustments as JSON in its `reason`."""
+KIND: Final = ADJUSTMENTS
 
 KEEP_S_MAX: Final = 0.25  # longest wait for the row to become durable; a disk that hangs delays no request
 

@@ -19,13 +19,13 @@ from tolaria.export.source import Source, read_source
 from tolaria.filesystem import Filesystem, remove_quietly, write_durably
 from tolaria.journal.database import Journal
 from tolaria.journal.reader import read_journal
-from tolaria.journal.rows import CheckpointRow, CommandRow, RunRow
+from tolaria.journal.rows import BRANCH, CheckpointRow, CommandRow, RunRow
 from tolaria.run.adjustments import KIND as ADJUSTMENTS
 from tolaria.run.data_skips import KIND as DATA_SKIPS
 from tolaria.run.health_record import Record
 from tolaria.values.lineage import BranchOrigin
 
-KIND: Final = "branch"
+KIND: Final = BRANCH
 """Kind of the one row of a branch, in the table of commands, that has its origin as JSON in its `reason`."""
 
 _log = structlog.get_logger(__name__)

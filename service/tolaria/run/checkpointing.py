@@ -6,7 +6,7 @@ Storage failures do not end any task: they are reported and counted, and the che
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -101,7 +101,7 @@ class Checkpointing:
         self.logged: Mapping[str, float] = {}
         """What the job has logged last, by name: the best checkpoint may be that with the best of it."""
         self._held_reason = ""
-        self._retrying = self._stalled = self._best_is_missing = False
+        self._retrying = self._stalled = False
         self.failing = ""
         """Why the checkpoint that is due has not been made; empty if none has failed."""
 
@@ -319,13 +319,7 @@ class Checkpointing:
             self._evaluated_step = self._step
         if self._evaluated_step != self._step:
             return None
-        return best_metric(self.settings, self._epoch, self.logged, self._best_missing)
-
-    def _best_missing(self, known: list[str]) -> None:
-        """Says once for a run that the job does not have the metric of `checkpoint.best`."""
-        if not self._best_is_missing:
-            self._best_is_missing = True
-            self._log.warning("best_metric_missing", best=self.settings.best, known=known)
+        return best_metric(self.settings, self._epoch, self.logged)
 
     def _evaluated(self) -> dict[str, Any]:
         """Returns the metrics of the newest evaluation of this branch, and its step, for the manifest."""
@@ -369,28 +363,25 @@ class Checkpointing:
             self._lifecycle.changed()
 
 
-def best_metric(
-    settings: CheckpointSettings,
-    epoch: EpochDone,
-    logged: Mapping[str, float],
-    missing: Callable[[list[str]], object] = lambda _known: None,
-) -> float | None:
+def best_figures(settings: CheckpointSettings, epoch: EpochDone, logged: Mapping[str, float]) -> dict[str, float]:
+    """Returns the figures of an epoch, by name, among which the metric of `checkpoint.best` has to be.
+
+    `logged` is what the job has logged last, by name. Without an evaluation there are none but those of training.
+    """
+    if not settings.best_of_training:
+        return epoch.evaluation.figures()
+    figures = {f"{TRAINING}/{name}": value for name, value in logged.items()}
+    return figures | {f"{TRAINING}/loss": epoch.training_loss}
+
+
+def best_metric(settings: CheckpointSettings, epoch: EpochDone, logged: Mapping[str, float]) -> float | None:
     """Returns the metric of an epoch by which the best checkpoint is chosen; None if it has none that is a number.
 
-    `logged` is what the job has logged last, by name. If nothing has the metric's name, `missing` is called with the
-    names that there are.
+    `logged` is as for `best_figures`.
     """
-    evaluation = epoch.evaluation
-    figures = evaluation.figures()
-    if settings.best_of_training:
-        figures = {f"{TRAINING}/{name}": value for name, value in logged.items()}
-        figures[f"{TRAINING}/loss"] = epoch.training_loss
-    elif not figures:
-        return None
-    elif settings.best == "accuracy" and "accuracy" not in figures:
-        return -evaluation.loss
-    if settings.best_name not in figures:
-        missing(sorted(figures))
+    figures = best_figures(settings, epoch, logged)
+    if figures and settings.best == "accuracy" and "accuracy" not in figures:
+        return -epoch.evaluation.loss
     metric = figures.get(settings.best_name)
     return None if metric is None or not isfinite(metric) else metric
 

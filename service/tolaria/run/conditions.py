@@ -17,6 +17,7 @@ class Conditions:
     """What the health of a run depends on, besides its state; an empty text or tuple is no condition.
 
     `foreign_rates` counts the steps of this process before which other code had changed a learning rate.
+    `missing_metrics` are sentences about settings that name a metric which has not occurred.
     """
 
     emergency_level: enums.EmergencyLevel.ValueType
@@ -26,6 +27,7 @@ class Conditions:
     checkpoints_failing: str
     skipped_streak: int
     foreign_rates: int = 0
+    missing_metrics: tuple[str, ...] = ()
 
     @property
     def degradations(self) -> list[str]:
@@ -39,6 +41,7 @@ class Conditions:
             f"the last {self.skipped_streak} steps were skipped": self.skipped_streak,
             f"breakers not closed: {', '.join(self.open_breakers)}": self.open_breakers,
             f"conservative mode is on: {', '.join(self.conservative_reasons)}": self.conservative_reasons,
+            "; ".join(self.missing_metrics): self.missing_metrics,
         }
         return [sentence for sentence, applies in found.items() if applies]
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from leyline.v1.enums_pb2 import CommandType
 from tolaria.emergency import Cleared, Covered, EmergencyState, Escalated, Report
 from tolaria.emergency.protocol import CRITICAL_LEVELS, level_name
 from tolaria.errors import CommandRejectedError
 from tolaria.journal.async_journal import AsyncJournal
-from tolaria.journal.rows import CommandRow, EmergencyRow, FaultRow, RunRow
-from tolaria.lane.messages import LaneLost, LaneReady
+from tolaria.journal.rows import SCHEDULED, STOPPED_EARLY, CommandRow, EmergencyRow, FaultRow, RunRow
+from tolaria.lane.messages import EpochDone, LaneLost, LaneReady
 from tolaria.peers.consultation import Consultation
 from tolaria.run.observers import RunObserver
 from tolaria.run.status import RunStatus
@@ -61,6 +62,13 @@ class JournalObserver(RunObserver):
         row = FaultRow(uuid.uuid4().hex, self._wall_ns(), self._status.run_id, "lane_lost", step, lost.kind, lost.cause)
         self._journal.note(row)
 
+    def on_epoch(self, epoch: EpochDone, *, show_layers: bool) -> None:
+        del show_layers
+        if epoch.scheduled is not None:
+            self._decision(SCHEDULED, epoch.global_step, json.dumps(asdict(epoch.scheduled)))
+        if epoch.stop:
+            self._decision(STOPPED_EARLY, epoch.global_step, epoch.stop)
+
     def on_command_applied(self, consultation: Consultation) -> None:
         if (command := consultation.command) is not None:
             kind = _COMMAND_NAMES.get(command.command_type, str(command.command_type))
@@ -88,6 +96,12 @@ class JournalObserver(RunObserver):
     def _command(self, key: str, kind: str, outcome: str, reason: str) -> None:
         status = self._status
         self._journal.note(CommandRow(key, self._wall_ns(), status.run_id, kind, status.global_step, outcome, reason))
+
+    def _decision(self, kind: str, step: int, reason: str) -> None:
+        """Writes the row of a decision; a process that repeats it after a crash writes the same one again."""
+        status = self._status
+        key = f"{kind}@{status.run_id}/{status.attempt}/{step}"
+        self._journal.note(CommandRow(key, self._wall_ns(), status.run_id, kind, step, "applied", reason))
 
     def _open_row(self, raised: EmergencyState | Signal) -> None:
         """Writes the row of a signal, unless an equal one is open."""

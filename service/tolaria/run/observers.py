@@ -72,6 +72,9 @@ class RunObserver:
     def on_epoch(self, epoch: EpochDone, *, show_layers: bool) -> None:
         """An epoch and its evaluation are done; `show_layers` enables metrics with a series for each layer."""
 
+    def on_metric_missing(self, setting: str, metric: str, known: Sequence[str]) -> None:
+        """The metric that a setting names has not occurred; `known` are those that there are."""
+
     def on_boundary(self, status: RunStatus, epoch: EpochDone, *, budget_ms: float, breach: bool) -> None:
         """An epoch boundary is over; `budget_ms` is infinite if it waits for every answer."""
 

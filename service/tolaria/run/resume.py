@@ -24,7 +24,7 @@ from tolaria.emergency.protocol import SENTINEL
 from tolaria.errors import BackupError, ConfigurationError, JournalDamagedError, JournalError, NoCheckpointError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.database import Journal
-from tolaria.journal.rows import CheckpointRow, EmergencyRow, FaultRow, RollbackRow, RunRow
+from tolaria.journal.rows import STOPPED_EARLY, CheckpointRow, CommandRow, EmergencyRow, FaultRow, RollbackRow, RunRow
 from tolaria.run.branches import branch_origin
 from tolaria.run.restore_points import RestorePoints, attempts_used, resumed_points
 
@@ -247,10 +247,20 @@ def _choose_run(settings: Settings, directory: Path, storage: Storage) -> Prepar
             left = f"it branches off at step {origin.global_step} of run {origin.run_id} in {origin.directory}"
         if extended is not None:
             raised = f"training.steps = {steps}" if steps else f"training.epochs = {epochs}"
-            left = f"it had finished, and {raised} gives it more {'steps' if steps else 'epochs'}"
+            more = f"it had finished, and {raised} gives it more {'steps' if steps else 'epochs'}"
+            stopped = _stopped_early(journal, resumed.run_id)
+            left = f"it had {stopped}" if stopped else more
         notes.append(f"the run {row.run_id} is resumed; {left}")
     journal.put(row)
     return PreparedState(directory, storage.for_run(row.run_id), row.run_id, resumed is not None, tuple(notes))
+
+
+def _stopped_early(journal: Journal, run_id: str) -> str:
+    """Returns why early stopping has ended a run that has finished; nothing if it had all its epochs or steps."""
+    kept = [row for row in journal.rows(CheckpointRow, run_id=run_id) if row.state == "committed"]
+    newest = max((row.global_step for row in kept), default=-1)
+    rows = journal.rows(CommandRow, run_id=run_id)
+    return next((row.reason for row in rows if row.kind == STOPPED_EARLY and row.global_step == newest), "")
 
 
 def _replace_lost_run(prepared: PreparedState, reason: str) -> PreparedState:

@@ -52,6 +52,8 @@ class TrainingRun(RunOperations):
     def begin(self, ready: messages.LaneReady) -> None:
         """Adopts what the lane has built. Has to precede `run`."""
         self._go_on_from(ready.progress, ready.position.global_step)
+        if self._stop:
+            self._stop += f"; {self._settings.early_stopping.to_go_on}"
         self._status.ready(ready)
         self._parts.skips.places.begin(ready.progress, ready.position.global_step, ready.steps_per_epoch)
         self._parts.checkpointing.model = ready.model
@@ -255,6 +257,7 @@ class TrainingRun(RunOperations):
     def _on_epoch(self, epoch: messages.EpochDone) -> None:
         self._status.epoch_done(epoch)
         self._observers.on_epoch(epoch, show_layers=not self._parts.safety.safeguards.mode.on)
+        self._parts.safety.safeguards.metrics.epoch(epoch, self._parts.checkpointing.settings, self._status.logged)
         self._show_seeds_and_rates()
         self._epoch_done, self._next_epoch, self._ended_step = epoch, epoch.epoch + 1, epoch.global_step
         self._stop = epoch.stop

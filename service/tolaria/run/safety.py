@@ -22,6 +22,7 @@ from tolaria.resilience.conservative import EMERGENCY, ConservativeMode, ModeCha
 from tolaria.resilience.conservative import OPERATOR as OPERATOR_REASON
 from tolaria.rollback.protocol import TAMIYO
 from tolaria.run.conditions import Conditions
+from tolaria.run.missing_metrics import MissingMetrics
 from tolaria.run.observers import RunObserver
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety_telemetry import SafetyTelemetry
@@ -68,6 +69,7 @@ class Safeguards:
         self.breakers: Mapping[str, Breaker] = {
             name: Breaker(name, clock=clock, on_change=self._breaker_changed) for name in BREAKERS
         }
+        self.metrics = MissingMetrics(observers)
         self.foreign_rates = 0
         """Steps before which other code had changed a learning rate."""
         self._causes: set[str] = set()
@@ -288,6 +290,7 @@ class Safety:
             checkpoints_failing=checkpoints_failing,
             skipped_streak=skipped_streak,
             foreign_rates=self.safeguards.foreign_rates,
+            missing_metrics=self.safeguards.metrics.sentences,
         )
 
     # -- operators ---------------------------------------------------------------------------------------------------

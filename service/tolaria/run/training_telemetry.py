@@ -173,6 +173,9 @@ class TrainingTelemetry(RunObserver):
         if (right := epoch.evaluation.correct or 0) > (samples := epoch.evaluation.samples):
             self._emitter.emit(events.ACCURACY_ABOVE_ONE, epoch=epoch.epoch, correct=right, samples=samples)
 
+    def on_metric_missing(self, setting: str, metric: str, known: Sequence[str]) -> None:
+        self._emitter.emit(events.METRIC_MISSING, setting=setting, metric=metric, known=", ".join(known))
+
     def on_boundary(self, status: RunStatus, epoch: EpochDone, *, budget_ms: float, breach: bool) -> None:
         held_up_ms = status.boundaries_ms[-1]
         self._compare_latency(status, epoch)

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from tolaria.errors import BlueprintError, OwnershipError, SlotError
+from tolaria.errors import BlueprintError, OwnershipError, SlotError, first_line
 from tolaria.values.training import HOST, eager_name
 
 Layout: TypeAlias = Literal["vector", "sequence", "image"]
@@ -200,7 +200,7 @@ class Graft(nn.Module):
         try:
             return self._added(h)
         except Exception as error:  # noqa: BLE001 - a blueprint's code may raise anything
-            self.failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            self.failure = f"{type(error).__name__}: {first_line(error)}"
             return h
 
     def _added(self, h: Tensor) -> Tensor:

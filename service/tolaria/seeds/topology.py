@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from leyline.v1.seeds_pb2 import SeedState
-from tolaria.errors import BlueprintMisfitError, OwnershipError, SeedError, TopologyStateError
+from tolaria.errors import BlueprintMisfitError, OwnershipError, SeedError, TopologyStateError, first_line
 from tolaria.seeds.alpha import BlendingSeeds
 from tolaria.seeds.blueprints import Blueprints
 from tolaria.seeds.plan import Change, GraftedSeed, HostFacts, Refusal, plan
@@ -316,8 +316,7 @@ class SeedTopology:
         These are the seed in whose forward pass it was raised, else those whose branch fails by itself on what its slot
         receives, else, where memory has run out, the newest one in training.
         """
-        text = (str(error).strip().splitlines() or [""])[0]
-        detail = f"{type(error).__name__}: {text}"
+        detail = f"{type(error).__name__}: {first_line(error)}"
         if (seed_id := seed_that_raised(error)) in self._seeds and seed_id is not None:
             return {seed_id: detail}
         slots = {seed_id: self._slots[seed.slot][1].seen for seed_id, seed in self._seeds.items()}

@@ -39,6 +39,7 @@ def test_a_written_job_runs_as_it_is(kind: JobKind, tmp_path: Path) -> None:
     found = json.loads(checked.stdout)
     assert found["notes"] == []
     assert "parameters" in found["model"]
+    assert {"slots", "step", "slowest operators", "data order", "memory", "resumed"} <= found.keys()
     assert "fit into rollback.memory_mb" in found["restore point"]
     assert ("accuracy" in found["evaluation"]) == (kind in {JobKind.IMAGE, JobKind.TABLE})
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".py") == [f"written_{kind}.py"]

@@ -149,3 +149,42 @@ def test_a_hangup_during_start_does_nothing(body: str) -> None:
         process.terminate()
         process.communicate(timeout=30)
     assert process.returncode == 143
+
+
+def test_the_help_of_all_commands_imports_nothing_slow() -> None:
+    """`tolaria --help` reads no settings, and opens no connection: pydantic and gRPC are half of what it would take."""
+    code = (
+        "import sys\nfrom tolaria.cli.main import main\nsys.argv[1:] = ['--help']\n"
+        "try:\n    main()\n"
+        "finally:\n    print(*sorted(sys.modules), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "restore-points" in done.stdout
+    slow = {
+        "pydantic",
+        "tolaria.config",
+        "grpc",
+        "asyncio",
+        "anyio",
+        "sqlite3",
+        "numpy",
+        "torch",
+        "structlog",
+        "xxhash",
+    }
+    assert slow & set(done.stderr.split()) == set()
+
+
+def test_grpc_is_quiet_in_every_command() -> None:
+    """Its C core reads its level when it is imported, and would write between the lines of the log."""
+    code = (
+        "import builtins, os, sys\nreal = builtins.__import__\n"
+        "def watched(name, *rest):\n"
+        "    if name == 'grpc' and 'grpc' not in sys.modules:\n        print(os.environ.get('GRPC_VERBOSITY'))\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = watched\n"
+        "from tolaria.cli.main import main\nsys.argv[1:] = ['status', '--address', '127.0.0.1:1']\nmain()\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.splitlines()[:1] == ["NONE"]

@@ -13,7 +13,7 @@ from tolaria.checkpoint.storage import open_storage
 from tolaria.checkpoint.store import Retention
 from tolaria.cli.commands import app
 from tolaria.config import Settings, load_settings
-from tolaria.journal.rows import EmergencyRow, FaultRow, RollbackRow, RunRow
+from tolaria.journal.rows import CommandRow, EmergencyRow, FaultRow, RollbackRow, RunRow
 from tolaria.service import settings_record
 
 runner = CliRunner()
@@ -36,6 +36,13 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for epoch, accuracy in ((1, 0.7), (2, 0.9), (3, 0.8)):
             provenance = Provenance(metrics={"accuracy": accuracy, "loss": 0.5}, evaluated_step=10 * epoch)
             storage.checkpoints.write(small_image(10 * epoch, epoch), metric=accuracy, provenance=provenance)
+        for key, kind in (
+            ("c1", "seed"),
+            ("c2", "adjust"),
+            ("l1", "learning_rates"),
+            ("s1", "learning_rate_scheduled"),
+        ):
+            journal.put(CommandRow(key, 1001 * S, "aa11", kind, 5, "applied", ""))
         journal.put(RunRow("ab22", 2000 * S, "digits"))
         journal.put(
             RollbackRow("r1", 2010 * S, "ab22", "fast", 40, 30, "restored", "loss", "d", "d", 5.0, 1, origin="operator")
@@ -90,6 +97,11 @@ def test_a_run_is_shown_with_all_epochs_that_were_saved(state: Path) -> None:
     assert '  optimizer.policy = "cosine"' in text
     assert "hush" not in text
     assert "training.epochs" not in text
+
+
+def test_commands_are_those_of_the_controller(state: Path) -> None:
+    """Not the adjustments of operators and what schedules decide, which have rows in the same table."""
+    assert "2 of the controller applied" in run(state, "show", "base")
 
 
 def test_incidents_are_shown_in_their_order(state: Path) -> None:

@@ -12,6 +12,7 @@ from leyline.v1.enums_pb2 import SEED_STAGE_TRAINING
 from leyline.v1.seeds_pb2 import SeedState
 from support.lane_driver import DrivenLane, built, driven, running
 from support.practice_jobs import SCHEDULERS, TOTAL
+from tolaria.config import EarlyStoppingSettings
 from tolaria.errors import BrokenJobError, ConfigurationError
 from tolaria.lane.messages import (
     CaptureImage,
@@ -152,6 +153,20 @@ def test_a_plateau_of_a_metric_of_the_jobs_own_halves_the_rate_and_says_why() ->
                 assert done.failure is None
         assert digests[0] == digests[1]
         assert run.all_of(StepDone)[-1].violations == ()
+
+
+def test_metrics_that_an_evaluation_lacks_are_named() -> None:
+    """With what names them: the scheduler is not stepped, and early stopping does not count."""
+    sections = {"early_stopping": EarlyStoppingSettings(metric="f2", mode="max", patience=1)}
+    with running(built(f"{JOBS}:Plateau", options={"monitor": "f1"}, sections=sections)) as run:
+        for number in (1, 2):
+            run.send(RunEpoch(number))
+            epoch = run.wait_for(EpochDone, number=number)
+            assert epoch.missing_metrics == {"lr_scheduler(): monitor": "f1", "early_stopping.metric": "f2"}
+            assert (epoch.scheduled, epoch.stop) == (None, "")
+    with running(built(f"{JOBS}:Plateau")) as run:
+        run.send(RunEpoch(1))
+        assert run.wait_for(EpochDone).missing_metrics == {}
 
 
 def test_a_schedule_by_epoch_follows_epochs() -> None:

@@ -53,6 +53,12 @@ CASES: Final[dict[str, dict[str, Any]]] = {
         "evaluate_every_steps": 8,
     },
     "order from the global generator": {"job": "DrawnOrderJob", "script": EPOCHS},
+    "order of passes that begin within epochs": {
+        "job": "DrawnOrderJob",
+        "script": [["epoch"]] * 2,
+        "steps": 26,
+        "evaluate_every_steps": 13,
+    },
     "rollbacks": {"job": "ExactJob", "script": GOES_BACK, "sections": {"rollback": {"every_steps": 4}}},
 }
 

@@ -11,19 +11,33 @@ import torch.distributed.checkpoint.state_dict_loader as dcp
 from safetensors import safe_open
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+from support.rank_jobs import UnevenJob
 from support.rank_run import run_on_ranks
+from tolaria.export import load
+from tolaria.export.writing import ExportOrder, export_model
+from tolaria.jobs import JobContext
+from tolaria.ranks.share import Share
+from tolaria.values.evaluation import Evaluation
 
 SAVE: Final = "support.rank_scenarios:save"
+WRITE_CHECKPOINT: Final = "support.rank_scenarios:write_checkpoint"
 LOAD: Final = "support.rank_scenarios:load"
 TRAIN: Final = "support.rank_scenarios:train"
 FSDP: Final = {"lane": {"mode": "torchrun", "parallel": "fsdp"}}
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The directory in which two ranks have saved, and the digest of their state."""
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """The directory in which two ranks have saved, also as a checkpoint, and what each has said of it."""
     directory = tmp_path_factory.mktemp("saved")
-    ((digest, _),) = run_on_ranks(2, [(SAVE, {"directory": str(directory)})])
+    checkpoint = (WRITE_CHECKPOINT, {"directory": str(directory / "state")})
+    return directory, run_on_ranks(2, [(SAVE, {"directory": str(directory)}), checkpoint])
+
+
+@pytest.fixture(scope="module")
+def saved(two_ranks: tuple[Path, list[Any]]) -> tuple[Path, str]:
+    """The directory in which two ranks have saved, and the digest of their state."""
+    directory, ((digest, _), _) = two_ranks
     return directory, digest
 
 
@@ -86,6 +100,27 @@ def test_the_files_are_read_by_torch(saved: tuple[Path, str]) -> None:
     dcp.load(state, storage_reader=HuggingFaceStorageReader(str(saved[0])), no_dist=True)
     assert len(state) > 10
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def test_an_export_of_a_sharded_run_evaluates_as_its_ranks_did(
+    two_ranks: tuple[Path, list[Any]], tmp_path: Path
+) -> None:
+    """To the last bit, with a seed: each share of each batch by the loaded model, in one process, is that of a rank."""
+    directory, (_, (sums, other)) = two_ranks
+    assert sums == other
+    card = export_model(ExportOrder(directory / "state", "newest", "safetensors", tmp_path / "out"))
+    assert [(one.seed_id, 0 < one.alpha < 1) for one in card.grown] == [("a", True)]
+    before = torch.get_default_dtype()
+    try:
+        job = UnevenJob(JobContext(1, torch.device("cpu")))
+        model, found = load(tmp_path / "out", job.build_model), [Evaluation(0.0, 0, 0)] * 2
+        with torch.no_grad():
+            for batch in job.validation_batches():
+                found = [found[rank] + job.evaluate(model, Share(rank, 2).of(batch)) for rank in range(2)]
+    finally:
+        torch.set_default_dtype(before)
+    total = found[0] + found[1]
+    assert [total.loss_sum, float(total.correct or 0), float(total.samples)] == sums
 
 
 def train(job: str, world: int = 2, **options: Any) -> list[Any]:

@@ -442,16 +442,3 @@ def test_the_best_checkpoint_is_that_of_a_set_or_of_training(best: str, metric: 
     assert best_metric(settings, epoch, {"mean": 7.0}) == metric
     alone = replace(epoch, evaluation=Evaluation(0.0))
     assert best_metric(settings, alone, {"mean": 7.0}) == (metric if best.startswith("training") else None)
-
-
-async def test_a_metric_that_the_job_does_not_have_is_said_once(make_parts: CheckpointingFactory) -> None:
-    """Not at the end of every epoch of the run."""
-    parts = await make_parts(every_steps=10, best="f1:max")
-    with capture_logs() as logs:
-        async with serving(parts):
-            for step in (10, 20, 30):
-                parts.step = step
-                parts.checkpointing.on_epoch(epoch_done(step))
-                await parts.until_idle()
-    assert [row.metric for row in await parts.rows()] == [None] * 3
-    assert [line["best"] for line in logs if line["event"] == "best_metric_missing"] == ["f1:max"]

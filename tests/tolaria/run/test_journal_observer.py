@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -9,6 +10,7 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import COMMAND_SEED, EMERGENCY_LEVEL_ELEVATED, EMERGENCY_LEVEL_HALT, CommandType
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.admin import MemoryJournal
+from support.checkpointing import epoch_done
 from tolaria.emergency import RESPONSES, Cleared, Clearer, Covered, EmergencyState, Escalated
 from tolaria.errors import CommandRejectedError
 from tolaria.journal.rows import CommandRow, EmergencyRow, RunRow
@@ -17,6 +19,7 @@ from tolaria.peers.consultation import Consultation
 from tolaria.run.journal_observer import JournalObserver
 from tolaria.run.status import RunStatus
 from tolaria.signals.layout import Signal
+from tolaria.values.optimization import ScheduledRates
 from tolaria.values.training import EpochProgress, Position
 
 READY = LaneReady(Position(0, 0), EpochProgress(), 4, "cpu", "2", {}, (), (), {}, (), ())
@@ -62,6 +65,23 @@ def test_a_rejected_command_does_not_replace_an_applied_one() -> None:
         CommandRow("c@8", 8, "run", "unverified", 3, "rejected", "replayed"),
         CommandRow("c@9", 9, "run", "unverified", 3, "rejected", "replayed"),
     ]
+
+
+def test_what_a_schedule_and_early_stopping_decide_has_a_row() -> None:
+    """Once in an attempt: a process that repeats the epoch writes the same row again."""
+    observed = ObservedRun()
+    rates = ScheduledRates("ReduceLROnPlateau of the job, by epoch on mae", "mae 0.5", {"host": 0.2}, {"host": 0.1})
+    epoch = replace(epoch_done(30), scheduled=rates, stop="stopped early: mae was 0.5")
+    observed.observer.on_epoch(epoch_done(20), show_layers=False)
+    observed.observer.on_epoch(epoch, show_layers=False)
+    scheduled, stopped = observed.journal.noted
+    assert isinstance(scheduled, CommandRow)
+    assert json.loads(scheduled.reason) == asdict(rates)
+    key = "learning_rate_scheduled"
+    assert replace(scheduled, reason="") == CommandRow(f"{key}@run/1/30", 7, "run", key, 30, "applied", "")
+    assert stopped == CommandRow(
+        "stopped_early@run/1/30", 7, "run", "stopped_early", 30, "applied", "stopped early: mae was 0.5"
+    )
 
 
 def test_an_emergency_and_its_clearance_are_one_row() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import anyio.to_thread
 import pytest
+from structlog.testing import capture_logs
 
 from leyline.v1.state_pb2 import HardwareContext
 from support.lane_driver import built, new_module
@@ -56,18 +57,30 @@ async def test_metrics_of_a_job_are_shown_everywhere(tmp_path: Path) -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize(("best", "kept"), [("ppl:min", min), ("ppl:max", max), ("accuracy", None), ("f1:max", None)])
 async def test_the_best_checkpoint_is_that_of_the_chosen_metric(tmp_path: Path, best: str, kept: object) -> None:
-    """It is kept beside the newest; a job without accuracy has the one with the lowest loss; an unknown metric none."""
+    """It is kept beside the newest; a job without accuracy has the one with the lowest loss.
+
+    An unknown metric has none, which is said once and in the status, as is that of early stopping.
+    """
     settings: dict[str, object] = {"best": best, "keep_last": 1}
     sections: dict[str, object] = {"checkpoint": settings, "state": {"dir": str(tmp_path / "state")}}
+    if best == "f1:max":
+        sections["early_stopping"] = {"metric": "f2", "mode": "max", "patience": 1}
     run = new_run(FakePeers(), job=JOB, sections=sections, epochs=4)
     found: list[float] = []
-    async with running(run):
-        await run.until(lambda: run.state == "FINISHED")
-        rows = await anyio.to_thread.run_sync(partial(run.storage.journal.rows, CheckpointRow))
-        found = [row.metric for row in rows if row.metric is not None]
-        left = [row.metric for row in rows if row.state == "committed"]
+    with capture_logs() as logs:
+        async with running(run):
+            await run.until(lambda: run.state == "FINISHED")
+            rows = await anyio.to_thread.run_sync(partial(run.storage.journal.rows, CheckpointRow))
+            found = [row.metric for row in rows if row.metric is not None]
+            left = [row.metric for row in rows if row.state == "committed"]
+            summary = run.run.status().health.summary
     if best == "f1:max":
         assert found == []
+        said = [line for line in logs if line["event"] == "tolaria.metric_missing"]
+        assert [(line["setting"], line["known"]) for line in said] == [
+            ("early_stopping.metric", "loss, mae, ppl"), ("checkpoint.best", "loss, mae, ppl"),
+        ]  # fmt: skip
+        assert "early_stopping.metric is f2, which has not occurred; there are loss, mae, ppl" in summary
     elif kept is None:
         assert all(metric < 0 for metric in found)
         assert max(found) in left

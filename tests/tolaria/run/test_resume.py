@@ -20,7 +20,16 @@ from tolaria.config import CheckpointSettings, Settings, StateSettings, Training
 from tolaria.errors import ConfigurationError, JournalError, JournalUnavailableError, NoCheckpointError, StateHeldError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.database import Journal
-from tolaria.journal.rows import CheckpointRow, EmergencyRow, FaultRow, RollbackRow, RunRow, values_digest
+from tolaria.journal.rows import (
+    STOPPED_EARLY,
+    CheckpointRow,
+    CommandRow,
+    EmergencyRow,
+    FaultRow,
+    RollbackRow,
+    RunRow,
+    values_digest,
+)
 from tolaria.run.resume import (
     PreparedState,
     RunOutcome,
@@ -184,6 +193,18 @@ def test_more_epochs_resume_a_finished_run(
             end_run(prepared, "finished")
     with prepare_state(settings(tmp_path, epochs=1)) as prepared:
         assert not prepared.resumed
+
+
+@pytest.mark.parametrize(("step", "said"), [(3, "it had stopped early: f1"), (2, "gives it more epochs")])
+def test_the_resumption_of_a_run_says_that_it_had_stopped_early(tmp_path: Path, step: int, said: str) -> None:
+    """Not of one that had gone on after that."""
+    with locked_state(settings(tmp_path)), prepare_state(settings(tmp_path)) as prepared:
+        write(prepared, 3)
+        row = CommandRow("c", 1, prepared.run_id, STOPPED_EARLY, step, "applied", "stopped early: f1 was 0.5")
+        prepared.storage.journal.put(row)
+        end_run(prepared, "finished")
+    with prepare_state(settings(tmp_path, epochs=2)) as prepared:
+        assert said in prepared.notes[-1]
 
 
 def test_more_steps_resume_a_run_that_was_counted_in_steps(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from support.processes import Serve, is_alive, serve, stub_of
 from support.waiting import wait_for
 
 LONG = ["training.epochs=100000"]
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the signal boards are
 BUF = Path(sys.executable).with_name("buf")
 
 
@@ -127,9 +128,7 @@ def test_everything_ends_by_itself(end: str, job: list[str], tmp_path: Path) -> 
         if end == "drained":
             wait_for_steps(stub)
             children = service.children()
-        else:  # a signal that comes while everything ends is too late to change anything
-            wait_for(lambda: any("all epochs done" in line for line in service.lines))
-        service.terminate()
+            service.terminate()
         wait_for(lambda: any('"stopped"' in line for line in service.lines) or service.process.poll() is not None)
         stopped_s = time.monotonic()
         assert service.wait() == 0
@@ -140,6 +139,27 @@ def test_everything_ends_by_itself(end: str, job: list[str], tmp_path: Path) -> 
     if end == "finished":
         assert [event["epoch"] for event in service.events() if event["event"] == "epoch_finished"] == [1, 2, 3]
     assert not events.keys() & {"embedded_peer_killed", "embedded_peer_died"}
+
+
+def test_a_signal_that_comes_while_everything_ends_changes_nothing(tmp_path: Path) -> None:
+    """The run has finished, and what the service has opened is closed: its board is gone, and the code is 0."""
+    arguments = ["training.epochs=1", "service.exit_when_done=true"]
+    with serve(*arguments, cwd=tmp_path, reference_peers=True) as service:
+        service.addresses()
+        children = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in service.children()}
+        (peer,) = [pid for pid, words in children.items() if b"\0tamiyo\0" in words]
+        wait_for(lambda: any("all epochs done" in line for line in service.lines))
+        os.kill(peer, signal.SIGSTOP)
+        wait_for(
+            lambda: not any(b"tolaria.lane" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in service.children())
+        )
+        service.terminate()
+        time.sleep(0.5)
+        os.kill(peer, signal.SIGCONT)
+        assert service.wait() == 0
+    assert service.events()[-1]["outcome"] == "finished"
+    board = service.events()[-1]["run_id"]
+    assert not [path for path in SHARED_MEMORY.iterdir() if board in path.name]
 
 
 def test_a_slow_peer_gets_what_is_left_of_the_drain_timeout(tmp_path: Path) -> None:

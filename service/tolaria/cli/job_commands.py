@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import keyword
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from enum import StrEnum
 from importlib.machinery import PathFinder
 from importlib.resources import files
@@ -94,13 +97,17 @@ def check_job(
 
     Nothing is written, and no service is needed. A mistake in the job is reported as tolaria serve would, with code 2.
     """
-    from tolaria.config import load_settings  # noqa: PLC0415 - not needed for --help
+    from tolaria.config import load_settings, require_extras  # noqa: PLC0415 - not needed for --help
+    from tolaria.trackers.tracker import check_trackers  # noqa: PLC0415 - as above
 
     settings = load_settings(config_file, [*(overrides or []), f"training.job={job}"])
     if settings.lane.processes > 1:
         raise ConfigurationError(["lane.processes: check-job builds the job in one process; give lane.processes=1"])
+    require_extras(settings)
+    check_trackers(settings.tracking)
     sys.path.insert(0, str(Path.cwd()))  # as in the lane's process
-    rows, notes = _report(settings, timed_steps)
+    with _printing_to_stderr() if as_json else nullcontext():
+        rows, notes = _report(settings, timed_steps)
     if as_json:
         typer.echo(json.dumps(dict(rows) | {"notes": notes}, indent=2))
         return
@@ -109,6 +116,20 @@ def check_job(
         typer.echo(f"{label:{width}}{text}")
     for note in notes:
         typer.echo(f"{'note':{width}}{note}")
+
+
+@contextmanager
+def _printing_to_stderr() -> Iterator[None]:
+    """Has what the job prints, and the programs that it starts, go to standard error: standard output is the report."""
+    sys.stdout.flush()
+    output = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(output, 1)
+        os.close(output)
 
 
 def _report(settings: Settings, steps: int) -> tuple[list[tuple[str, str]], list[str]]:

@@ -8,6 +8,7 @@ import gc
 import io
 import os
 import sys
+import threading
 from typing import NoReturn
 
 from tolaria.cli.errors import OutputError, ReaderGoneError, early_signals, report
@@ -27,7 +28,18 @@ def main() -> None:
         # An interrupted import may fail with any exception.
         if isinstance(error, KeyboardInterrupt) or early_signals.received:
             sys.exit(early_signals.exit_code)
+        if isinstance(error, SystemExit) and sys.argv[1:2] in (["check-job"], ["export"]):
+            _leave_threads(error.code)
         raise
+
+
+def _leave_threads(code: object) -> None:
+    """Ends the process at once if a job has left threads running, for which the interpreter would wait for ever."""
+    if all(thread.daemon or thread is threading.main_thread() for thread in threading.enumerate()):
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _run() -> None:

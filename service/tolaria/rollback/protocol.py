@@ -365,7 +365,7 @@ class Rollback:
             at_ns=self.at_ns,
             run_id=run_id,
             tier=tier_name(self.tier),
-            global_step=self.global_step,
+            global_step=self.global_step if self.left_step < 0 else self.left_step,
             restored_step=self.restored_step if ending is Ending.RESTORED else -1,
             outcome=ending.value,
             reason=self.reason if self.error is None else f"{self.reason}: {self.error}",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,3 +88,31 @@ def test_a_mistake_is_reported_as_by_serve(tmp_path: Path) -> None:
     assert checked.exit_code == 2
     assert "evaluate() must return an Evaluation, got a int" in checked.output
     assert CliRunner().invoke(app, ["check-job", "written_nowhere:Job"]).exit_code == 2
+
+
+def test_a_job_that_prints_and_leaves_a_thread_behind_is_reported(tmp_path: Path) -> None:
+    """Standard output has the report only, as JSON, and the command ends."""
+    (tmp_path / "written_loud.py").write_text(
+        "import os, threading, time\n"
+        "from tolaria.jobs.digits import DigitsJob, DigitsOptions\n"
+        "class Job(DigitsJob):\n"
+        "    def __init__(self, context):\n"
+        "        print('hello')\n"
+        "        os.system('echo from a program')\n"
+        "        threading.Thread(target=time.sleep, args=(10_000,)).start()\n"
+        "        super().__init__(context, DigitsOptions())\n"
+    )
+    command = [sys.executable, "-m", "tolaria", "check-job", "written_loud:Job", "--steps", "1", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "parameters" in json.loads(done.stdout)["model"]
+    assert done.stderr.splitlines()[:2] == ["hello", "from a program"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"), [("tracking.trackers=tensorbord", "tensorboard"), ("early_stopping.metric=f1", "mode")]
+)
+def test_settings_that_serve_refuses_are_refused(setting: str, words: str) -> None:
+    """With its message, and exit code 2."""
+    checked = CliRunner().invoke(app, ["check-job", "digits", "--set", setting])
+    assert (checked.exit_code, words in checked.output) == (2, True), checked.output

@@ -72,7 +72,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "peers": ("clients", "connect", "consultation", "verification"),
     "ranks": (
         "admission", "agent", "channel", "child", "elastic", "group", "images", "liveness", "local_ranks", "node",
-        "output", "share", "stacks", "step_word",
+        "output", "replica_store", "replicas", "share", "stacks", "step_word",
     ),
     "reference": ("embedded", "history", "kasmina", "lifecycle", "policy", "rollback", "server", "tamiyo", "tracing"),
     "resilience": ("breaker", "conservative", "deadline"),
@@ -80,16 +80,16 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "rpc": ("admin", "audit", "callers", "data_skips", "exports", "listing", "requests", "status", "telemetry"),
     "run": (
         "adjustments", "boundary", "branches", "checkpointing", "command_handler", "conditions", "data_skips",
-        "health", "health_record", "journal_observer", "lane_client", "lane_telemetry", "missing_metrics", "observers",
-        "operations", "pace", "packet_telemetry", "profiling", "recovery", "restore_points", "restorer", "resume",
-        "revival", "run", "run_state", "safety", "safety_telemetry", "seed_telemetry", "status", "step_places",
-        "tracking_telemetry", "training_telemetry", "verdicts",
+        "health", "health_record", "journal_observer", "lane_client", "lane_telemetry", "missing_metrics",
+        "observers", "operations", "pace", "packet_telemetry", "profiling", "recovery", "replicas", "restore_points",
+        "restorer", "resume", "revival", "run", "run_state", "safety", "safety_telemetry", "seed_telemetry", "status",
+        "step_places", "tracking_telemetry", "training_telemetry", "verdicts",
     ),
     "security": ("certificates", "issuing", "limits", "tokens", "watched", "web_config"),
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),
     "service": (
         "credentials", "foundation", "host", "listeners", "notify", "protection", "readiness", "reload",
-        "settings_record", "start", "wiring",
+        "replicas", "settings_record", "start", "wiring",
     ),
     "signals": ("board", "futex", "lane_page", "lane_pulse", "layout", "mapping", "seqlock", "writers"),
     "state": ("arenas", "encoding", "restore", "shared_memory", "snapshots", "training_state"),
@@ -100,7 +100,10 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "trackers": (
         "feed", "metrics_log", "mlflow", "process", "records", "supervision", "tensorboard", "tracker", "wandb",
     ),
-    "transport": ("lane_images", "lane_link", "lane_process", "lane_stacks", "process_lane", "rendezvous"),
+    "transport": (
+        "lane_images", "lane_link", "lane_process", "lane_stacks", "nodes", "process_lane", "rendezvous",
+        "replica_exchange", "replicas",
+    ),
     "values": (
         "encoding", "evaluation", "failure", "gradients", "lineage", "loss_window", "optimization", "seeds", "spans",
         "training",

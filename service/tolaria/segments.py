@@ -33,6 +33,7 @@ ALIGNMENT_BYTES: Final = 64
 
 PREAMBLE_BYTES: Final = 64
 _DESCRIPTORS: Final = 2**16
+_COPY_BYTES: Final = 2**22
 _PREAMBLE: Final = struct.Struct("<QQ16s")  # offset of the header, its length, its digest
 _EMPTY: Final = bytes(_PREAMBLE.size)
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -187,7 +188,9 @@ def share(image: StateImage) -> Segment:
     segment = Segment.create(0, size_bytes + header_bytes(image.specs, image_values))
     content = memoryview(segment.memory)[PREAMBLE_BYTES:]
     for spec, offset in placed(image.specs):
-        content[offset : offset + spec.size_bytes] = image.buffers[spec.name]
+        for start in range(0, spec.size_bytes, _COPY_BYTES):  # each copy holds the GIL
+            stop = min(start + _COPY_BYTES, spec.size_bytes)
+            content[offset + start : offset + stop] = image.buffers[spec.name][start:stop]
     if not segment.write_header(size_bytes, image_header(image, [(0, image.specs)])):
         raise MemoryError("the image's header is larger than the room reserved for it")
     return segment

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +18,8 @@ import pytest
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
 from support.peers import FakeKasmina, served_without_change
-from support.processes import Serve, is_alive, serve, status, stub_of
+from support.pods import free_port
+from support.processes import Serve, is_alive, python_path, serve, status, stub_of
 from support.runs_on_disk import last_checkpoint
 from support.waiting import wait_for
 from tolaria.ranks.local_ranks import ranks_of
@@ -170,6 +173,45 @@ def test_deaths_cost_nothing_but_time(peers: list[str], undisturbed: tuple[int, 
     for line, (_, _, _, words) in zip(lost, DEATHS, strict=True):
         assert words in str(line["detail"])
     assert last_checkpoint(tmp_path) == undisturbed
+
+
+@pytest.mark.timeout(240)
+def test_a_replica_on_another_machine_outlives_the_first_one(
+    peers: list[str], undisturbed: tuple[int, str], tmp_path: Path
+) -> None:
+    """The service dies with its memory and its ranks before there is a checkpoint; the run ends as if undisturbed."""
+    (tmp_path / "secret").write_text("of both machines and no other\n")
+    rendezvous = f"127.0.0.1:{free_port()}"
+    arguments = [*JOB, "lane.mode=torchrun", "lane.nodes=2", f"lane.rendezvous={rendezvous}", "lane.secret_file=secret"]
+    arguments += [*FINITE, *peers, "rollback.every_steps=3", "rollback.replicas=1", "service.exit_when_done=true"]
+    arguments += ["checkpoint.every_epochs=100", "training.options.step_s=0.05", "logging.level=debug"]
+    with joined(rendezvous, tmp_path) as join:
+        with serve(*arguments, cwd=tmp_path) as service:
+            wait_for(lambda: any(int(str(line["step"])) > 20 for line in named(service, "replica_stored")), 120)
+            service.process.kill()
+        with serve(*arguments, cwd=tmp_path) as service:
+            assert service.wait(180) == 0, "\n".join(service.lines)
+        assert join.wait(30) == 0
+    (restored,) = named(service, "replica_restored")
+    (resumed,) = named(service, "resumed")
+    assert resumed["step"] == restored["step"]
+    assert int(str(restored["step"])) > 20
+    assert resumed["checkpoint_id"] == restored["checkpoint_id"]
+    assert last_checkpoint(tmp_path) == undisturbed
+
+
+@contextmanager
+def joined(rendezvous: str, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs `tolaria lane join` there; kills it at the end if it still runs."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TOLARIA_")} | {"PYTHONPATH": python_path()}
+    command = [sys.executable, "-m", "tolaria", "lane", "join", "--rendezvous", rendezvous, "--secret-file", "secret"]
+    with (directory / "join.log").open("wb") as log:
+        join = subprocess.Popen(command, cwd=directory, env=environment, stdout=log, stderr=log)
+    try:
+        yield join
+    finally:
+        join.kill()
+        join.wait(10)
 
 
 @pytest.mark.timeout(240)

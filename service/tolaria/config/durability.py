@@ -121,6 +121,19 @@ class RollbackSettings(Section):
     every_steps: int = Field(default=0, ge=0)
     """Optimizer updates between two snapshots. 0: as often as overhead_max allows."""
 
+    replicas: int = Field(default=0, ge=0, le=1)
+    """Copies of the newest snapshots in the memory of another machine of the group, for when this one's memory is lost.
+
+    0: a service that starts again without this memory goes on from the newest checkpoint. 1 needs lane.nodes with
+    several machines, and on each of them memory for up to three snapshots.
+    """
+
+    replica_mb_per_s: Annotated[float, Field(ge=0.1, le=100_000, allow_inf_nan=False)] = 32.0
+    """Bandwidth that replicas may use, in megabytes a second. 32: a quarter of a gigabit link, and a tenth of a core.
+
+    What it takes to send a snapshot is also how old the newest replica is, and at least a second.
+    """
+
     overhead_max: PositiveShare = 0.01
     """Share of the step time that snapshots may take. 0.01: one percent is not noticeable."""
 

@@ -122,6 +122,11 @@ class Settings(BaseSettings):
             problems.append(
                 f"lane.nodes is {lane.nodes}, which needs lane.secret_file, so that only machines with the secret join"
             )
+        if self.rollback.replicas and lane.nodes_max == 1:
+            problems.append(
+                f"rollback.replicas is {self.rollback.replicas}, which needs lane.mode = torchrun and lane.nodes with "
+                "several machines: a replica in the memory of this machine would be lost with it"
+            )
         if lane.parallel == "fsdp" and lane.mode != "torchrun":
             problems.append("lane.parallel is fsdp, which needs lane.mode = torchrun")
         if lane.parallel == "fsdp" and self.fastpaths.amp == "float16":

@@ -19,6 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from tolaria import __version__
 from tolaria.errors import ChannelError
+from tolaria.ranks.replicas import HELD_MAX, ReplicaPoint
 
 LINES_MAX: Final = 20
 LINE_CHARACTERS_MAX: Final = 500
@@ -27,6 +28,8 @@ _Text = Annotated[str, Field(max_length=4096)]
 _Name = Annotated[str, Field(max_length=255)]
 _Line = Annotated[str, Field(max_length=LINE_CHARACTERS_MAX)]
 _Number = Annotated[int, Field(ge=0, lt=2**31)]
+_Bytes = Annotated[int, Field(gt=0, lt=2**53)]
+_Points = Annotated[tuple[ReplicaPoint, ...], Field(max_length=HELD_MAX)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,64 @@ class RankSilent:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreReplica:
+    """To a machine: a replica follows, in pieces. Answered by `ReplicaStored`."""
+
+    point: ReplicaPoint
+    size_bytes: _Bytes
+    kind: Literal["store_replica"] = "store_replica"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStored:
+    """To the service: the last replica is kept; or why it is not."""
+
+    digest: _Name
+    problem: _Text = ""
+    kind: Literal["replica_stored"] = "replica_stored"
+
+
+@dataclass(frozen=True, slots=True)
+class KeepReplicas:
+    """To a machine: no other replicas than these are needed."""
+
+    points: _Points
+    kind: Literal["keep_replicas"] = "keep_replicas"
+
+
+@dataclass(frozen=True, slots=True)
+class AskReplicas:
+    """To a machine: which replicas of the run are there? Answered by `ReplicasHeld`."""
+
+    run_id: _Name
+    kind: Literal["ask_replicas"] = "ask_replicas"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicasHeld:
+    """To the service: these replicas."""
+
+    points: _Points
+    kind: Literal["replicas_held"] = "replicas_held"
+
+
+@dataclass(frozen=True, slots=True)
+class SendReplica:
+    """To a machine: send a replica. Answered by `ReplicaFollows`."""
+
+    digest: _Name
+    kind: Literal["send_replica"] = "send_replica"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaFollows:
+    """To the service: the replica follows, in pieces; of 0 bytes, if it is not there any more."""
+
+    size_bytes: Annotated[int, Field(ge=0, lt=2**53)]
+    kind: Literal["replica_follows"] = "replica_follows"
+
+
+@dataclass(frozen=True, slots=True)
 class Alive:
     """To either side, several times within the silence that is allowed."""
 
@@ -139,8 +200,12 @@ class RunOver:
     kind: Literal["over"] = "over"
 
 
-ToService: TypeAlias = Joining | Ready | RanksEnded | RankStacks | RankSilent | Alive
-ToMachine: TypeAlias = Accepted | Refused | StartRanks | StopRanks | AskStacks | Alive | RunOver
+OfReplicas: TypeAlias = ReplicaStored | ReplicasHeld | ReplicaFollows
+"""What a machine answers about replicas."""
+
+ToService: TypeAlias = Joining | Ready | RanksEnded | RankStacks | RankSilent | OfReplicas | Alive
+_ReplicaOrder: TypeAlias = StoreReplica | KeepReplicas | AskReplicas | SendReplica
+ToMachine: TypeAlias = Accepted | Refused | StartRanks | StopRanks | AskStacks | _ReplicaOrder | Alive | RunOver
 
 _TO_SERVICE: Final[TypeAdapter[ToService]] = TypeAdapter(Annotated[ToService, Field(discriminator="kind")])
 _TO_MACHINE: Final[TypeAdapter[ToMachine]] = TypeAdapter(Annotated[ToMachine, Field(discriminator="kind")])
@@ -149,7 +214,7 @@ _TO_MACHINE: Final[TypeAdapter[ToMachine]] = TypeAdapter(Annotated[ToMachine, Fi
 def packed(message: ToService | ToMachine) -> bytes:
     """Returns the encoded message."""
     adapter: TypeAdapter[ToService] | TypeAdapter[ToMachine]
-    of_machines = Joining | Ready | RanksEnded | RankStacks | RankSilent
+    of_machines = Joining | Ready | RanksEnded | RankStacks | RankSilent | OfReplicas
     adapter = _TO_SERVICE if isinstance(message, of_machines) else _TO_MACHINE
     return adapter.dump_json(message)  # type: ignore[arg-type] # of one of the two unions
 

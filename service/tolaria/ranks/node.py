@@ -23,7 +23,13 @@ from anyio.abc import TaskGroup
 
 from tolaria import __version__
 from tolaria.config import Address, Settings, child_environment
-from tolaria.errors import ChannelError, ChildFailedError, JoinRefusedError, LaneFailedError, ServiceAbsentError
+from tolaria.errors import (
+    ChannelError,
+    ChildFailedError,
+    JoinRefusedError,
+    LaneFailedError,
+    ServiceAbsentError,
+)
 from tolaria.processes import ChildCommand, ChildProcess
 from tolaria.ranks import admission
 from tolaria.ranks.admission import (
@@ -37,12 +43,15 @@ from tolaria.ranks.admission import (
     Ready,
     Refused,
     RunOver,
+    SendReplica,
     StartRanks,
     StopRanks,
 )
 from tolaria.ranks.channel import Channel, interface_of
 from tolaria.ranks.liveness import BEATS, Standstill
 from tolaria.ranks.local_ranks import children_of, ranks_of
+from tolaria.ranks.replica_store import ReplicaSession, ReplicaStore
+from tolaria.ranks.replicas import piece_of
 from tolaria.ranks.stacks import stacks_of
 from tolaria.signals.lane_page import LanePage
 
@@ -81,6 +90,7 @@ class Node:
         self._asked = Joining(uuid.uuid4().hex, platform.node(), processes, __version__, admission.torch_version())
         self._say, self._said = say, ""
         self._write = write
+        self._replicas = ReplicaStore()
 
     async def run(self) -> None:
         """Takes part until the run is over.
@@ -106,7 +116,14 @@ class Node:
                 absent_s = time.monotonic()
             else:
                 self._say_once(f"joined the group at {self._address} for {accepted.job}; waiting for its next start")
-                session = _Session(channel, accepted, self._asked.processes, say=self._say_once, write=self._write)
+                session = _Session(
+                    channel,
+                    accepted,
+                    self._asked.processes,
+                    say=self._say_once,
+                    write=self._write,
+                    replicas=self._replicas,
+                )
                 over = await session.run()
                 if over is not None:
                     if over.failed:
@@ -172,9 +189,11 @@ class _Session:
         *,
         say: Callable[[str], object],
         write: Callable[[str], object],
+        replicas: ReplicaStore,
     ) -> None:
         self._channel, self._timeout_s, self._processes = channel, accepted.timeout_s, processes
         self._say, self._write = say, write
+        self._replicas = ReplicaSession(replicas, self._send_frame)
         self._sending = anyio.Lock()
         self._heard_s = time.monotonic()
         self._ranks: _LocalRanks | None = None
@@ -189,7 +208,12 @@ class _Session:
                 tasks.start_soon(self._beat, tasks.cancel_scope)
                 await self._send(Ready())
                 while over is None:
-                    over = await self._obey(admission.for_machine(await self._channel.receive()), tasks)
+                    content = await self._channel.receive()
+                    self._heard_s = time.monotonic()
+                    if (piece := piece_of(content)) is None:
+                        over = await self._obey(admission.for_machine(content), tasks)
+                    else:
+                        await self._replicas.take(piece)
                     self._heard_s = time.monotonic()
                 tasks.cancel_scope.cancel()
         except* ChannelError as group:
@@ -219,10 +243,13 @@ class _Session:
             case RunOver():
                 await self._stop_ranks()
                 return message
+            case SendReplica():
+                tasks.start_soon(self._replicas.send, message.digest)
             case Alive():
                 pass
             case _:
-                raise ChannelError(f"the service sent {message.kind}")
+                if not await self._replicas.obey(message):
+                    raise ChannelError(f"the service sent {message.kind}")
         return None
 
     async def _serve_ranks(self, ranks: _LocalRanks) -> None:
@@ -248,8 +275,11 @@ class _Session:
             await self._ranks_gone.wait()
 
     async def _send(self, message: admission.ToService) -> None:
+        await self._send_frame(admission.packed(message))
+
+    async def _send_frame(self, content: bytes) -> None:
         async with self._sending:
-            await self._channel.send(admission.packed(message))
+            await self._channel.send(content)
 
     async def _beat(self, scope: anyio.CancelScope) -> None:
         """Sends heartbeats; ends the session when the service has been silent for too long."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -81,11 +81,17 @@ def locked_state(settings: Settings) -> Iterator[None]:
 
 
 @contextmanager
-def prepare_state(settings: Settings, *, files: Filesystem | None = None) -> Iterator[PreparedState]:
+def prepare_state(
+    settings: Settings,
+    *,
+    files: Filesystem | None = None,
+    adopt: Callable[[Storage, str], object] = lambda _storage, _run_id: None,
+) -> Iterator[PreparedState]:
     """Opens the storage of state.dir, which must be locked, for one run, until the block ends.
 
-    If `state.resume` is auto, this is the unfinished run, provided that it has a checkpoint. The run's row is
-    written when this returns. Raises ConfigurationError if the directory cannot be used, or holds an unfinished run of
+    If `state.resume` is auto, this is the unfinished run, provided that it has a checkpoint. `adopt` is called before
+    with the latest run if its process was killed, and may give it a newer one. The run's row is written when this
+    returns. Raises ConfigurationError if the directory cannot be used, or holds an unfinished run of
     another job.
     """
     directory = Path(settings.state.dir).absolute()
@@ -93,6 +99,8 @@ def prepare_state(settings: Settings, *, files: Filesystem | None = None) -> Ite
         with _naming_setting(directory):
             storage = open_storage(directory, run_id="", retention=retention_of(settings.checkpoint), files=files)
             stack.callback(storage.journal.close)
+            if (killed := _killed_run(settings, storage.journal)) is not None:
+                adopt(storage, killed.run_id)
             prepared = _choose_run(settings, directory, storage)
         yield prepared
 
@@ -220,6 +228,13 @@ def extended_run(
 
 
 # -- choosing the run ------------------------------------------------------------------------------------------------
+
+
+def _killed_run(settings: Settings, journal: Journal) -> RunRow | None:
+    """Returns the latest run if it is one of this job's that a killed process has left, and may be resumed."""
+    latest = max(journal.rows(RunRow), key=lambda run: run.at_ns, default=None)
+    killed = latest is not None and not latest.outcome and latest.job == settings.training.job
+    return latest if killed and settings.state.resume != "never" else None
 
 
 def _choose_run(settings: Settings, directory: Path, storage: Storage) -> PreparedState:

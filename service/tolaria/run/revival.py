@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import structlog
 
@@ -17,10 +18,12 @@ from tolaria.errors import LaneFailedError, NoCheckpointError, WrongStateError
 from tolaria.images import StateImage
 from tolaria.lane import messages
 from tolaria.lane.order import RestorePlan
+from tolaria.ranks.replicas import LiveSnapshots
 from tolaria.run.data_skips import DataSkips
 from tolaria.run.health import Health
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
+from tolaria.run.replicas import live_snapshots
 from tolaria.run.restore_points import RestorePoint, RestorePoints
 from tolaria.run.status import RunStatus
 
@@ -67,6 +70,13 @@ class Revival:
         self._from_memory = False
         self._memory_failed = False
         self._revived = anyio.Event()
+        self.adopt_replica: Callable[[], Awaitable[object]] = anyio.lowlevel.checkpoint
+        """Makes a newer replica, if there is one, a checkpoint; called if snapshots in memory cannot be restored."""
+
+    def live_snapshots(self) -> LiveSnapshots:
+        """Returns the snapshots in memory that replicas are made of."""
+        points = self._points.of(self._status.snapshots, ())
+        return live_snapshots(self._status.run_id, points, self._points.lineage)
 
     def on_lost(self, event: messages.LaneLost) -> None:
         """Handles the death of a process."""
@@ -95,6 +105,8 @@ class Revival:
 
         Raises LaneFailedError if there are restore points, but none can be loaded; the run must not begin anew then.
         """
+        if self._memory_failed:
+            await self.adopt_replica()
         rows = await anyio.to_thread.run_sync(self._store.kept_points, abandon_on_cancel=True)
         points = self._points.of(self._status.snapshots, rows)
         ordered = best_first(point for point in points if not point.superseded)

@@ -43,6 +43,7 @@ from tolaria.service.foundation import Foundation, LaneBuild, build_lane
 from tolaria.service.host import Host
 from tolaria.service.listeners import open_listeners
 from tolaria.service.protection import forbid_core_files
+from tolaria.service.replicas import adopt_at_start
 from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext, Priority, logging_to
@@ -89,7 +90,7 @@ def run(settings: Settings, reread: Callable[[], Settings]) -> int:
             listeners = open_listeners(settings, loop, metrics)
             remove_partial_exports(Path(settings.state.dir) / EXPORTS)
             build = _built(settings) if settings.lane.mode == "thread" or not hasattr(os, "memfd_create") else None
-            with prepare_state(settings) as prepared:
+            with prepare_state(settings, adopt=partial(adopt_at_start, settings, loop)) as prepared:
                 point = load_resume_point(prepared)
                 checkpoint = _checkpoint(point)
                 if build is not None:

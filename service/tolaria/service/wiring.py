@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -47,6 +48,7 @@ from tolaria.run.step_places import StepPlaces
 from tolaria.run.tracking_telemetry import TrackingTelemetry
 from tolaria.run.training_telemetry import TrainingTelemetry
 from tolaria.service.foundation import Foundation
+from tolaria.service.replicas import adopt_meanwhile
 from tolaria.status_page.history import PageHistory
 from tolaria.status_page.sections import PageParts
 from tolaria.telemetry.logging import set_level
@@ -261,6 +263,7 @@ def new_run(core: Core, peers: Peers | None) -> RunService:
     )
     if core.process is not None:
         core.process.plan = revival.plan
+        _follow_replicas(core, core.process, revival)
     parts = RunParts(
         lane=core.lane,
         status=core.status,
@@ -291,6 +294,17 @@ def new_run(core: Core, peers: Peers | None) -> RunService:
         callers={} if peers is None else peers.callers,
     )
     return RunService(run, consultations, recovery, revival, live)
+
+
+def _follow_replicas(core: Core, process: ProcessLane, revival: Revival) -> None:
+    """Has replicas of the run's snapshots kept, and restored, if the settings ask for them."""
+    if process.replicas is None or process.rendezvous is None:
+        return
+    process.replicas.snapshots = revival.live_snapshots
+    foundation = core.foundation
+    revival.adopt_replica = partial(
+        adopt_meanwhile, process.rendezvous, foundation.storage, foundation.writer, core.status.run_id
+    )
 
 
 def _new_consultations(core: Core, peers: Peers, recovery: Recovery, verifier: CommandVerifier) -> Consultations:

@@ -34,7 +34,8 @@ from tolaria.signals.lane_page import LanePage
 from tolaria.transport.lane_images import HeldSegments
 from tolaria.transport.lane_link import LaneLink
 from tolaria.transport.lane_stacks import LaneStacks
-from tolaria.transport.rendezvous import Formation, Rendezvous
+from tolaria.transport.nodes import Formation
+from tolaria.transport.rendezvous import Rendezvous
 from tolaria.wire import Frame, FrameKind, packed_id
 
 PROGRAM: Final = (sys.executable, "-m", "tolaria.lane")

@@ -35,6 +35,7 @@ from tolaria.segments import numbers_of
 from tolaria.transport.lane_images import HeldSegments, LaneImages
 from tolaria.transport.lane_process import LaneProcess
 from tolaria.transport.rendezvous import Rendezvous
+from tolaria.transport.replicas import ReplicaKeeper
 from tolaria.values.failure import Failure
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.wire import Frame, FrameKind, packed_id, unpacked_events, unpacked_id
@@ -68,6 +69,8 @@ class ProcessLane:
         images: the pool through which run and lane exchange images.
         plan: says what a process after the first one restores; as `LaneOwner.next_plan`.
         drained: whether the end of the lane is not that of the run, which another service continues.
+        rendezvous: where other machines join; None without any.
+        replicas: keeps replicas of snapshots on one of them; None if the settings ask for none.
     """
 
     def __init__(
@@ -82,8 +85,12 @@ class ProcessLane:
         self.settings = settings.lane
         self._checkpoint = checkpoint
         self._segments = segments
-        self._rendezvous = Rendezvous(settings, self) if settings.lane.nodes_max > 1 else None
-        self._process = LaneProcess(settings, segments, self, self._rendezvous)
+        self.rendezvous = Rendezvous(settings, self) if settings.lane.nodes_max > 1 else None
+        self.replicas: ReplicaKeeper | None = None
+        if self.rendezvous is not None and settings.rollback.replicas:
+            bandwidth = settings.rollback.replica_mb_per_s
+            self.replicas = ReplicaKeeper(self.rendezvous, bandwidth, segments.descriptors)
+        self._process = LaneProcess(settings, segments, self, self.rendezvous)
         self._process.run_id = run_id
         self._digests: tuple[str, ...] = ()
         self._next_segment = 1
@@ -110,12 +117,14 @@ class ProcessLane:
         Raises BindError if the address at which other machines join cannot be listened on.
         """
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
-        if self._rendezvous is None:
+        if self.rendezvous is None:
             await self._process.serve()
         else:
             async with anyio.create_task_group() as tasks:
-                await tasks.start(self._rendezvous.serve)
-                await self._serve_with_nodes(self._rendezvous)
+                await tasks.start(self.rendezvous.serve)
+                if self.replicas is not None:
+                    tasks.start_soon(self.replicas.serve)
+                await self._serve_with_nodes(self.rendezvous)
                 tasks.cancel_scope.cancel()
         self._end(LaneEnded(0, None))  # stopped while there was no process that could answer
 
@@ -170,7 +179,7 @@ class ProcessLane:
 
     @property
     def _can_grow(self) -> bool:
-        return self._rendezvous is not None and self._rendezvous.can_grow
+        return self.rendezvous is not None and self.rendezvous.can_grow
 
     def _grow(self) -> None:
         """Starts the group again in place of an epoch, once everything before that is done; or has it trained."""
@@ -206,8 +215,8 @@ class ProcessLane:
 
     def phase(self) -> tuple[str, float]:
         """Returns what the lane does other than steps, and for how many seconds."""
-        if self._rendezvous is not None and self._rendezvous.waiting:
-            return self._rendezvous.waiting, time.monotonic() - self._rendezvous.waiting_since_s
+        if self.rendezvous is not None and self.rendezvous.waiting:
+            return self.rendezvous.waiting, time.monotonic() - self.rendezvous.waiting_since_s
         page = self._process.page
         return ("", 0.0) if page is None else page.phase()
 

@@ -7,19 +7,17 @@ change until the group ends: a machine that comes later waits for the next start
 from __future__ import annotations
 
 import math
-import socket
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Final, Protocol, Self
+from typing import Final, Protocol
 
 import anyio
 import anyio.to_thread
 import structlog
 from anyio.abc import SocketStream, TaskGroup, TaskStatus
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+from anyio.streams.memory import MemoryObjectReceiveStream
 
 from tolaria.config import Address, Settings
 from tolaria.config.ranks import PEER_LOST, read_secret
@@ -35,12 +33,17 @@ from tolaria.ranks.admission import (
     RankStacks,
     Ready,
     Refused,
+    ReplicaFollows,
+    ReplicasHeld,
+    ReplicaStored,
     RunOver,
     StartRanks,
     StopRanks,
 )
-from tolaria.ranks.channel import Channel, interface_of, remote_host
+from tolaria.ranks.channel import Channel, remote_host
 from tolaria.ranks.liveness import BEATS, Standstill
+from tolaria.ranks.replicas import piece_of
+from tolaria.transport.nodes import Formation, JoinedNode
 
 _HANDSHAKE_S: Final = 10.0
 _HANDSHAKES_MAX: Final = 32
@@ -63,77 +66,6 @@ class GroupOwner(Protocol):
 
     def on_ranks_ended(self, host: str, code: int, lines: Sequence[str]) -> None:
         """The ranks on a machine of the present group have failed, with that code and these last lines."""
-
-
-@dataclass(eq=False, slots=True)
-class JoinedNode:
-    """A machine that has joined. `ready` is whether it can start ranks, `member` whether its ranks are in the group."""
-
-    asked: Joining
-    channel: Channel
-    unsent: MemoryObjectSendStream[admission.ToMachine]
-    scope: anyio.CancelScope
-    heard_s: float
-    ready: bool = False
-    member: bool = False
-    gone: str = "its connection has ended"
-
-    @property
-    def host(self) -> str:
-        """Its name, as it says, and its address."""
-        return f"{self.asked.host} ({self.channel.remote})"
-
-    def drop(self, why: str) -> None:
-        """Ends the connection."""
-        self.gone = why
-        self.scope.cancel()
-
-    def put(self, message: admission.ToMachine) -> None:
-        """Sends a message soon, or ends the connection if too many wait."""
-        try:
-            self.unsent.send_nowait(message)
-        except (anyio.WouldBlock, anyio.BrokenResourceError, anyio.ClosedResourceError):
-            self.drop("it does not read what it is sent")
-
-
-class Formation:
-    """Who takes part in one generation of the group beside this machine, and where the store of the group listens.
-
-    The store's address is that at which the first machine has joined; alone this machine needs none.
-    """
-
-    def __init__(self, nodes: Sequence[JoinedNode] = ()) -> None:
-        """Opens the socket of the store. Raises OSError if that fails."""
-        self.nodes = tuple(nodes)
-        self.host = nodes[0].channel.local if nodes else ""
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        self._listener = socket.create_server((self.host, 0), family=family) if nodes else None
-        self.port: int = 0 if self._listener is None else self._listener.getsockname()[1]
-
-    @property
-    def descriptors(self) -> dict[str, int]:
-        """Descriptors for the agent of this machine, by the names of its options."""
-        return {} if self._listener is None else {"store-listener": self._listener.fileno()}
-
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        """Its other options."""
-        if self._listener is None:
-            return ()
-        return (
-            f"--nodes={len(self.nodes) + 1}",
-            f"--store-host={self.host}",
-            f"--store-port={self.port}",
-            f"--interface={interface_of(self.host)}",
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Closes the socket here: the agent has it, or was not started."""
-        if self._listener is not None:
-            self._listener.close()
 
 
 class Rendezvous:
@@ -188,6 +120,15 @@ class Rendezvous:
     # -- the group ---------------------------------------------------------------------------------------------------
 
     @property
+    def nodes(self) -> tuple[JoinedNode, ...]:
+        """The machines that are connected, in the order of joining."""
+        return tuple(self._nodes)
+
+    async def changed(self) -> None:
+        """Waits until a machine joins, is ready, or leaves."""
+        await self._changed.wait()
+
+    @property
     def can_grow(self) -> bool:
         """Whether a new start of the group would have more machines."""
         members = sum(node.member for node in self._nodes)
@@ -225,7 +166,6 @@ class Rendezvous:
                 if now_s - said_s >= _SAY_S:
                     _log.info("waiting_for_nodes", detail=self.waiting, rendezvous=str(self._address))
                     said_s = now_s
-                self._changed = anyio.Event()
                 with anyio.move_on_after(min(_SAY_S, enough_s + self._lane.join_wait_s - now_s)):
                     await self._changed.wait()
         finally:
@@ -285,11 +225,9 @@ class Rendezvous:
         for node in self._nodes:
             node.member = False
             node.put(RunOver(failed, detail[:1000]))
-        self._changed = anyio.Event()
         with anyio.move_on_after(_LAST_WORDS_S):
             while self._nodes:  # each hangs up
                 await self._changed.wait()
-                self._changed = anyio.Event()
 
     # -- connections -------------------------------------------------------------------------------------------------
 
@@ -359,15 +297,18 @@ class Rendezvous:
             old.drop("it has connected again")
         put, take = anyio.create_memory_object_stream[admission.ToMachine](_UNSENT_MAX)
         async with put, take, anyio.create_task_group() as tasks:
-            node = JoinedNode(asked, channel, put, tasks.cancel_scope, time.monotonic())
+            timeout_s = self._lane.node_timeout_s
+            node = JoinedNode(asked, channel, put, tasks.cancel_scope, time.monotonic(), timeout_s)
             self._nodes.append(node)
+            self._wake_changed()
             _log.info("node_joined", host=node.host, processes=asked.processes)
             try:
                 tasks.start_soon(self._send_all, node, take)
                 await self._receive_all(node)
             finally:
                 self._nodes.remove(node)
-                self._changed.set()
+                node.replicas.close()
+                self._wake_changed()
                 self._wake_settled()
                 tasks.cancel_scope.cancel()
                 _log.info("node_left", host=node.host, detail=node.gone)
@@ -381,27 +322,39 @@ class Rendezvous:
     async def _receive_all(self, node: JoinedNode) -> None:
         try:
             while True:
-                message = admission.for_service(await node.channel.receive())
+                content = await node.channel.receive()
                 node.heard_s = time.monotonic()
                 self._wake_settled()
-                match message:
-                    case Ready() if not node.member:
-                        node.ready = True
-                        self._changed.set()
-                    case RanksEnded() if node.member and message.generation == self._generation:
-                        node.member = False
-                        self._report(node.host, message)
-                    case RankStacks() if node.member:
-                        self._take_stacks(message)
-                    case RankSilent() if node.member:
-                        self.silent_rank_ns = time.monotonic_ns()
-                    case Joining():
-                        node.gone = "it joins twice"
-                        return
-                    case Ready() | RanksEnded() | RankStacks() | RankSilent() | Alive():
-                        pass
+                if (piece := piece_of(content)) is not None:
+                    await node.replicas.take_in(piece)
+                else:
+                    await self._take(node, admission.for_service(content))
         except ChannelError as error:
             node.gone = str(error)
+
+    async def _take(self, node: JoinedNode, message: admission.ToService) -> None:
+        """Handles a message. Raises ChannelError if it ends the connection."""
+        match message:
+            case ReplicaStored() | ReplicasHeld() | ReplicaFollows():
+                await node.replicas.take_in(message)
+            case Ready() if not node.member:
+                node.ready = True
+                self._wake_changed()
+            case RanksEnded() if node.member and message.generation == self._generation:
+                node.member = False
+                self._report(node.host, message)
+            case RankStacks() if node.member:
+                self._take_stacks(message)
+            case RankSilent() if node.member:
+                self.silent_rank_ns = time.monotonic_ns()
+            case Joining():
+                raise ChannelError("it joins twice")
+            case Ready() | RanksEnded() | RankStacks() | RankSilent() | Alive():
+                pass
+
+    def _wake_changed(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
 
     def _wake_settled(self) -> None:
         self._heard.set()
@@ -419,12 +372,9 @@ class Rendezvous:
             self._owner.on_ranks_ended(host, message.code, message.lines)
 
     async def _send_all(self, node: JoinedNode, messages: MemoryObjectReceiveStream[admission.ToMachine]) -> None:
-        try:
+        with suppress(ChannelError):
             async for message in messages:
-                with anyio.fail_after(self._lane.node_timeout_s):
-                    await node.channel.send(admission.packed(message))
-        except (ChannelError, TimeoutError):
-            node.drop("it cannot be sent to")
+                await node.send(admission.packed(message))
 
     async def _watch(self) -> None:
         """Sends heartbeats, and drops machines that have been silent for too long."""

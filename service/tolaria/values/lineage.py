@@ -28,6 +28,11 @@ class Lineage:
         """Returns the attempt in which the lineage passed a step."""
         return next((attempt for attempt, last in self.forks if global_step <= last), self.attempt)
 
+    def at(self, global_step: int) -> Lineage:
+        """Returns the lineage of the ancestor at a step."""
+        attempt = self.attempt_at(global_step)
+        return Lineage(attempt, tuple(fork for fork in self.forks if fork[1] < global_step))
+
     def back_to(self, global_step: int, attempt: int) -> Lineage:
         """Returns the lineage of the new attempt that begins at an earlier step of this one."""
         kept: list[tuple[int, int]] = []

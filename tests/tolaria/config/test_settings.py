@@ -46,6 +46,8 @@ def test_each_setting_is_read() -> None:
         (["optimizer.policy=step"], "optimizer.period_steps"),
         (["service.drain_timeout_s=20"], "emergency.drain_s must exceed service.drain_timeout_s"),
         (["lane.processes=2"], "lane.processes is 2, which needs lane.mode = torchrun"),
+        (["rollback.replicas=1"], "rollback.replicas is 1, which needs lane.mode = torchrun and lane.nodes"),
+        (["rollback.replicas=1", "lane.mode=torchrun", "lane.processes=2"], "lane.nodes with several machines"),
         (["lane.processes=2", "lane.mode=torchrun", "training.device=cuda:1"], "each of the 2 ranks"),
         (["kasmina.drain_s=10"], "kasmina.drain_s must be less than service.drain_timeout_s"),
         (["leyline.nonce_window_s=10"], "leyline.nonce_window_s"),

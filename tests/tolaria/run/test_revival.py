@@ -202,3 +202,20 @@ async def test_what_waits_for_a_dead_process_is_answered_and_holds_are_renewed()
 def ready(step: int) -> LaneReady:
     """What a lane has built, and restored, at a step."""
     return LaneReady(Position(step, 1), EpochProgress(1), 10, "cpu", "2", {}, (), (), {"host": 0.1}, (), ())
+
+
+async def test_a_replica_is_looked_for_once_memory_has_failed() -> None:
+    """Only then: before the checkpoints are looked at, so that it is one of them."""
+    parts, adopted = Parts(), list[int]()
+
+    async def adopt() -> None:
+        adopted.append(60)
+        parts.points.given = [*parts.points.given, checkpoint(60)]
+
+    parts.revival.adopt_replica = adopt
+    parts.revival.on_lost(lost())
+    assert await parts.targets(snapshot(70), checkpoint(50)) == (("digest-70",), None)
+    assert adopted == []
+    parts.revival.on_lost(lost("raised"))
+    assert await parts.targets(snapshot(70), checkpoint(50)) == ((), 60)
+    assert adopted == [60]

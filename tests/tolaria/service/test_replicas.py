@@ -1,0 +1,71 @@
+"""A replica becomes a checkpoint while the service runs: real machine, store and writer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from support.joining import Meeting, meeting
+from support.replicas import Holder, arrived, image_of
+from tolaria.checkpoint.writer import CheckpointWriter
+from tolaria.config import Settings, StateSettings
+from tolaria.journal.rows import CheckpointRow, FaultRow
+from tolaria.ranks.replicas import ReplicaPoint
+from tolaria.run.resume import PreparedState, prepare_state
+from tolaria.segments import share
+from tolaria.service.replicas import adopt_meanwhile
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def met_with(directory: Path, *steps: int, run_id: str) -> AsyncIterator[tuple[Meeting, Holder]]:
+    """A rendezvous that a machine with replicas of these steps of the run has joined."""
+    holder = Holder()
+    for step in steps:
+        image = image_of(step)
+        point = ReplicaPoint(run_id, image.seal().total, step, 1, proven=True)
+        holder.store.put(arrived(share(image), point))
+    async with meeting(directory, nodes=2) as met, holder.joined(met):
+        while not met.rendezvous.nodes:
+            await anyio.sleep(0.005)
+        yield met, holder
+
+
+async def in_thread(ask: Callable[[], Any]) -> Any:
+    """The answer to a question that blocks."""
+    return await anyio.to_thread.run_sync(ask)
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Iterator[tuple[PreparedState, CheckpointWriter]]:
+    """A run with a checkpoint, and its writer."""
+    with prepare_state(Settings(state=StateSettings(dir=str(tmp_path / "state")))) as prepared:
+        prepared.storage.checkpoints.write(image_of(10))
+        with CheckpointWriter(prepared.storage.checkpoints) as writer:
+            yield prepared, writer
+
+
+async def test_the_newest_intact_replica_becomes_a_checkpoint_if_it_is_newer(
+    tmp_path: Path, stored: tuple[PreparedState, CheckpointWriter]
+) -> None:
+    """A damaged one is passed over; what is no newer than the checkpoint is left alone."""
+    prepared, writer = stored
+    journal, checkpoints = prepared.storage.journal, prepared.storage.checkpoints
+    async with met_with(tmp_path, 5, 20, 30, run_id=prepared.run_id) as (met, holder):
+        damaged = holder.store.segment(image_of(30).seal().total)
+        assert damaged is not None
+        damaged.memory[64:65] = bytes([damaged.memory[64] ^ 1])
+        for _ in range(2):
+            await adopt_meanwhile(met.rendezvous, prepared.storage, writer, prepared.run_id)
+            rows = await in_thread(lambda: journal.rows(CheckpointRow))
+            assert [(row.global_step, bool(row.proven)) for row in rows] == [(10, False), (20, True)]
+    (fault,) = await in_thread(lambda: journal.rows(FaultRow))
+    assert (fault.kind, fault.global_step) == ("replica_restored", 20)
+    assert (await in_thread(checkpoints.load_newest)).image.verify() == image_of(20).verify()

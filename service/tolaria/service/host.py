@@ -65,8 +65,8 @@ class Host:
             foundation.reread,
             listeners.protection,
             foundation.emitter,
-            foundation.metrics,
-            self._core.status.run_id,
+            metrics=foundation.metrics,
+            run_id=self._core.status.run_id,
         )
         self._admin: AdminService | None = None
         self._had_terminal = has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN

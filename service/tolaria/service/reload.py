@@ -45,6 +45,7 @@ class Reload:
         reread: Callable[[], Settings],
         protection: Protection,
         emitter: Emitter,
+        *,
         metrics: Metrics,
         run_id: str,
     ) -> None:

@@ -175,7 +175,7 @@ class LiveParts:
         core.foundation.storage.checkpoints.retention = retention_of(settings.checkpoint)
         core.health.adopt(settings.rollback)
         if core.process is not None:
-            core.process.settings = settings.lane
+            core.process.adopt(settings.lane)
         self.coordinator.settings = settings.rollback
         self.boundary.policy = _boundary_policy(settings)
         self.questions.control = settings.control

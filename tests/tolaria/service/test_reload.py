@@ -38,7 +38,9 @@ class Reloading:
         }
         self.wanted: Settings = self.settings
         self.reread: Callable[[], Settings] = lambda: self.wanted
-        self.reload = Reload(self.settings, self.read_sources, self.protection, self.run.emitter, self.metrics, "run")
+        self.reload = Reload(
+            self.settings, self.read_sources, self.protection, self.run.emitter, metrics=self.metrics, run_id="run"
+        )
         self.reload.parts = self.live
 
     def read_sources(self) -> Settings:
@@ -134,7 +136,7 @@ async def test_no_other_part_keeps_settings_of_before_a_reload(it: Reloading) ->
     it.wanted = Settings.model_validate(sections)
     await it.reload.carry_out("test")
     assert stale_holders((it.run, it.reload, lane), it.wanted) == WHOLE
-    assert lane.settings is it.wanted.lane
+    assert lane.settings is it.reload.in_force.lane
 
 
 def test_each_live_setting_has_a_case() -> None:

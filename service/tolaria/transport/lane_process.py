@@ -351,8 +351,8 @@ class _End:
     """How a process ends, as far as it is known. `out_of_memory` counts the kills before its start.
 
     `stacks` says where the ranks were when one gave no heartbeat, `batch` which one the lane took last before
-    `recovers_s`, when that rank has ended unless it gives heartbeats again; `lost` which machine of the group has gone, `regrouped` that one is taken in,
-    `code_elsewhere` how ranks on another machine have ended.
+    `recovers_s`, when that rank has ended unless it gives heartbeats again; `lost` says which machine of the group has
+    gone, `regrouped` that one is taken in, `code_elsewhere` how ranks on another machine have ended.
     """
 
     out_of_memory: int = 0

@@ -86,7 +86,7 @@ class Core:
             newest_checkpoint_ns=foundation.newest_checkpoint_ns,
             reasons=REASONS,
         )
-        self.history = PageHistory(self.status, foundation.points)
+        self.history = PageHistory(self.status, foundation.points, earlier=foundation.curves)
         self.tracking = Tracking(settings, metrics, emitter)
         self.seed_telemetry = SeedTelemetry(settings.gradients, metrics, emitter)
         self.observers = self._observers(safety_telemetry)

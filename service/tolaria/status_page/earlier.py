@@ -9,8 +9,8 @@ from tolaria.status_page.curves import CurveSet
 from tolaria.trackers.records import METRICS_DIR, newest_position, surviving_points
 from tolaria.values.lineage import Lineage
 
-READ_BYTES_MAX: Final = 4 * 2**20
-"""The newest part of the log that is read: tens of thousands of points, in a fraction of a second."""
+READ_BYTES_MAX: Final = 2 * 2**20
+"""The newest part of the log that is read: about 10,000 points, in half a second."""
 
 _GENERAL: Final = {"train/loss": "loss", "validation/loss": "validation_loss", "validation/accuracy": "accuracy"}
 _KINDS: Final = {"train": "step", "validation": "evaluation", "lr": "rate"}

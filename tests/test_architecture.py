@@ -36,7 +36,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     ),
     "adapters": ("hf", "lightning", "loaders"),
     "checkpoint": (
-        "archive", "backup", "directory", "format", "inspection", "restoration", "runs", "storage", "store",
+        "archive", "backup", "directory", "format", "inspection", "restoration", "runs", "rotation", "storage", "store",
         "tensor_file", "upgrade", "writer",
     ),
     "cli": (
@@ -93,7 +93,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     ),
     "signals": ("board", "futex", "lane_page", "lane_pulse", "layout", "mapping", "seqlock", "writers"),
     "state": ("arenas", "encoding", "restore", "shared_memory", "snapshots", "training_state"),
-    "status_page": ("curves", "frames", "history", "sections", "seed_timeline", "site"),
+    "status_page": ("earlier", "curves", "frames", "history", "sections", "seed_timeline", "site"),
     "telemetry": (
         "events", "exporter", "logging", "metrics", "otlp", "packets", "subscriptions", "tracing", "web_server",
     ),

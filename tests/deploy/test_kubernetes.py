@@ -21,12 +21,15 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
+from typer.testing import CliRunner
 
 from dashboards.generate import texts
 from dashboards.manifests import manifests
+from faults.interrupted import unpack
 from support.pods import Pod, Process, containers_of, variables_of
 from support.prometheus import groups
 from support.waiting import wait_for
+from tolaria.cli.commands import app
 from tolaria.config import Address, Settings, load_settings
 from tolaria.errors import ConfigurationError
 from tolaria.probe import TIMEOUT_S
@@ -95,6 +98,7 @@ def test_files_are_valid_by_the_schema_of_kubernetes(version: str) -> None:
     files = [FOLDER / "base" / name for name in read("base/kustomization.yaml")["resources"]]
     files += [FOLDER / "overlays" / "monitoring" / "dashboards.yaml"]
     files += [FOLDER / "components" / "no-eviction" / "disruption-budget.yaml"]
+    files += [FOLDER / "components" / "backups" / name for name in ("backup.yaml", "volume.yaml")]
     command = [sys.executable, "-m", "kubernetes_validate", "--strict", "--kubernetes-version", version, *files]
 
     done = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -103,7 +107,7 @@ def test_files_are_valid_by_the_schema_of_kubernetes(version: str) -> None:
     assert done.stdout.count("passed for resource") == len(files)
 
 
-KUSTOMIZATIONS = ("base", "components/no-eviction", "overlays/monitoring", "overlays/peers")
+KUSTOMIZATIONS = ("base", "components/backups", "components/no-eviction", "overlays/monitoring", "overlays/peers")
 
 
 @pytest.mark.parametrize("folder", KUSTOMIZATIONS)
@@ -123,6 +127,37 @@ def test_images_are_those_of_the_kustomization() -> None:
     (image,) = read("base/kustomization.yaml")["images"]
 
     assert {c["image"] for c in containers().values()} == {f"{image['name']}:{image['newTag']}"}
+
+
+def test_the_nightly_backup_is_that_of_the_run_and_works(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It mounts the run's volume at the same place, on its node and as its user; its command makes a backup."""
+    spec = read("components/backups/backup.yaml")["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    claims = {each["name"]: each.get("persistentVolumeClaim", {}).get("claimName") for each in spec["volumes"]}
+    mounts = {claims[each["name"]]: each["mountPath"] for each in container["volumeMounts"]}
+    run = containers()["tolaria"]
+    (term,) = spec["affinity"]["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    labels = job()["template"]["metadata"]["labels"]
+
+    assert mounts["tolaria"] in [each["mountPath"] for each in run["volumeMounts"] if each["name"] == "state"]
+    assert claims["backups"] == read("components/backups/volume.yaml")["metadata"]["name"]
+    assert (container["image"], spec["securityContext"]) == (run["image"], pod_spec()["securityContext"])
+    assert (container["securityContext"], container["envFrom"]) == (run["securityContext"], run["envFrom"])
+    assert term["podAffinityTerm"]["labelSelector"]["matchLabels"] == labels
+    assert read("components/backups/backup.yaml")["metadata"]["labels"] != labels  # else the Service has its pods too
+
+    place = container["args"][container["args"].index("--into") + 1]
+    assert place == mounts["tolaria-backups"]
+    assert settings.state.dir.startswith(f"{mounts['tolaria']}/")
+    unpack(tmp_path)
+    monkeypatch.setenv("TOLARIA_STATE__DIR", str(tmp_path / "state"))
+    (tmp_path / "backups").mkdir()
+    arguments = [str(tmp_path / "backups") if each == place else each for each in container["args"]]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "backups").iterdir())) == 1
 
 
 def built(folder: str) -> dict[str, Any]:

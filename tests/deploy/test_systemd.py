@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -12,13 +13,17 @@ from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
+from typer.testing import CliRunner
 
+from faults.interrupted import unpack
 from support.processes import serve
 from support.waiting import wait_for
+from tolaria.cli.commands import app
 from tolaria.config import EmergencySettings, ServiceSettings
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "systemd"
 UNIT = FOLDER / "tolaria.service"
+BACKUP = FOLDER / "tolaria-backup.service"
 JOB = FOLDER.parent / "kubernetes" / "base" / "job.yaml"
 
 
@@ -33,31 +38,52 @@ def analyze() -> str:
     return program
 
 
-def service() -> dict[str, str]:
+def service(unit: Path = UNIT) -> dict[str, str]:
     """The section [Service]; of a key that occurs twice the last value."""
     parser = configparser.ConfigParser(strict=False, interpolation=None)
     parser.optionxform = str  # type: ignore[assignment,method-assign]
-    parser.read_string(UNIT.read_text())
+    parser.read_string(unit.read_text())
     return dict(parser["Service"])
 
 
-def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [UNIT.name, BACKUP.name, "tolaria-backup.timer"])
+def test_systemd_accepts_the_unit(name: str, tmp_path: Path) -> None:
     """`systemd-analyze verify` says nothing, with a program that exists."""
-    text = UNIT.read_text().replace("/opt/tolaria/bin/tolaria", "/bin/true")
-    (tmp_path / UNIT.name).write_text(text)
+    for path in [UNIT, BACKUP, BACKUP.with_suffix(".timer")]:
+        (tmp_path / path.name).write_text(path.read_text().replace("/opt/tolaria/bin/tolaria", "/bin/true"))
 
     done = subprocess.run(
-        [analyze(), "verify", "--man=no", tmp_path / UNIT.name], check=False, capture_output=True, text=True
+        [analyze(), "verify", "--man=no", tmp_path / name], check=False, capture_output=True, text=True
     )
 
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if UNIT.name in line]
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if name.partition(".")[0] in line]
     assert (done.returncode, lines) == (0, [])
 
 
-def test_systemd_calls_the_unit_well_protected() -> None:
+def test_the_nightly_backup_is_that_of_the_service_and_works(tmp_path: Path) -> None:
+    """With the same program, settings, user and directories; as systemd calls it, it makes a backup and keeps seven."""
+    unit, backup = service(), service(BACKUP)
+    program, *arguments = shlex.split(backup["ExecStart"])
+
+    assert [program, *arguments[1:3]] == shlex.split(unit["ExecStart"])[:1] + shlex.split(unit["ExecStart"])[2:]
+    assert all(backup[key] == unit[key] for key in ("User", "Group", "WorkingDirectory", "UMask", "LimitCORE"))
+    assert backup["ReadWritePaths"] == unit["WorkingDirectory"]
+    folder = f"/var/lib/{backup['StateDirectory']}"
+    unpack(tmp_path)
+    (tmp_path / "backups").mkdir()
+    (tmp_path / "tolaria.toml").write_text(f'[state]\ndir = "{tmp_path / "state"}"\n')
+    places = {folder: str(tmp_path / "backups"), "/etc/tolaria/tolaria.toml": str(tmp_path / "tolaria.toml")}
+    for _ in range(8):
+        done = CliRunner().invoke(app, [places.get(each, each) for each in arguments])
+        assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "backups").iterdir())) == 7
+
+
+@pytest.mark.parametrize("unit", [UNIT, BACKUP], ids=lambda unit: unit.stem)
+def test_systemd_calls_the_unit_well_protected(unit: Path) -> None:
     """Its exposure is at most 2.5 of 10: "OK" in systemd's words, where an ordinary unit has 9.6."""
     done = subprocess.run(
-        [analyze(), "security", "--offline=true", "--threshold=25", "--no-pager", UNIT],
+        [analyze(), "security", "--offline=true", "--threshold=25", "--no-pager", unit],
         check=False,
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""Upgrades, downgrades, backups and restorations under SIGKILL and failing system calls, at every step."""
+"""Upgrades, downgrades, backups and restorations under SIGKILL, failing system calls and losses of power."""
 
 from __future__ import annotations
 
@@ -45,3 +45,22 @@ def test_an_interruption_loses_nothing(action: str, preloaded: Path, request: py
     )
     assert (found.returncode, found.stderr) == (0, ""), found.stdout + found.stderr
     assert int(found.stdout.split()[0]) > 40  # calls that could be interrupted
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("action", sorted(ACTIONS))
+def test_a_loss_of_power_loses_nothing(action: str, preloaded: Path, request: pytest.FixtureRequest) -> None:
+    """After any call, whether the disk has nothing of what was not flushed, or only names, or only contents of it."""
+    runs = 0 if request.config.getoption("--long") else SHORT_RUNS
+    found = subprocess.run(
+        [sys.executable, HERE / "power_loss.py", action, str(runs)],
+        capture_output=True,
+        text=True,
+        timeout=1700,
+        check=False,
+        env={"PYTHONPATH": python_path(), "LD_PRELOAD": str(preloaded), "PATH": os.environ["PATH"]},
+    )
+    assert (found.returncode, found.stderr) == (0, ""), found.stdout + found.stderr
+    calls, directories = (int(word) for word in found.stdout.split() if word.isdigit())
+    assert calls > 40
+    assert directories > 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class Ended:
     log: list[dict[str, Any]]
     exit_code: int
     left: list[int]
+    page: dict[str, Any]
+    """The first frame of the status page after the kill."""
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +64,39 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
             service.process.kill()
         with serve(*SETTINGS, cwd=directory) as service:
             children += service.children()
+            page = first_frame(service.addresses()[1])
             code = service.wait(180)
             log += service.events()
         wait_for(lambda: not any(map(is_alive, children)))
     state = directory / "state"
     (folder,) = (state / "trackers" / "tensorboard").iterdir()
-    return Ended(state / "metrics", folder, log, code, [pid for pid in children if is_alive(pid)])
+    return Ended(state / "metrics", folder, log, code, [pid for pid in children if is_alive(pid)], page)
+
+
+def first_frame(address: str) -> dict[str, Any]:
+    """Opens the status page; returns all that it shows at first."""
+    with urllib.request.urlopen(f"http://{address}/page/events", timeout=60) as stream:
+        line = next(line for line in stream if line.startswith(b"data:"))
+    found: dict[str, Any] = json.loads(line.removeprefix(b"data:"))
+    return found
 
 
 def curve(ended: Ended, name: str) -> list[tuple[int, Any]]:
     """The surviving values of a metric in the log."""
     found = [(each.global_step, each.values[name]) for each in surviving_points(ended.metrics) if name in each.values]
     return [(step, pytest.approx(value, rel=1e-5)) for step, value in found]
+
+
+def test_the_curves_of_the_status_page_go_on_after_a_restart(ended: Ended) -> None:
+    """The service that took the run over shows the losses of the one before, without the steps that were undone."""
+    points = ended.page["curves"]["loss"]["points"]
+    known = dict(curve(ended, "train/loss"))
+    assert points[0][0] == 1
+    assert len(points) > 40
+    assert [point[4] for point in points if point[0] == point[1]] == [
+        known[point[0]] for point in points if point[0] == point[1]
+    ]
+    assert ended.page["curves"]["validation_loss"]["points"][0][0] == STEPS
 
 
 def test_the_log_has_every_surviving_step_once(ended: Ended) -> None:

@@ -179,6 +179,8 @@ def _move_away(directory: Path, begun: Path, old: Path, files: Filesystem) -> No
     found = [name for name in owned if (directory / name).exists()]
     if found and not old.exists():
         files.make_directory(old)
+    if found:
+        files.sync_directory(directory)  # before anything is moved there, which would be lost with it
     for name in found:
         files.rename(directory / name, old / name)
     if old.exists():

@@ -25,13 +25,23 @@ from tolaria.cli.state_commands import (
 
 if TYPE_CHECKING:
     from tolaria.checkpoint.archive import BackupManifest
+    from tolaria.checkpoint.rotation import Rotated
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def backup(
     *,
-    to: Annotated[Path, typer.Option("--to", metavar="DIR|FILE.tar", help="New directory, or new .tar file.")],
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR|FILE.tar", help="New directory, or new .tar file.")
+    ] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option("--into", metavar="DIR", help="Instead: a directory for backups that are named by their time."),
+    ] = None,
+    keep: Annotated[
+        int, typer.Option("--keep", min=0, help="With --into: remove all but the newest N. 0: keep all.")
+    ] = 0,
     without_damaged: Annotated[
         bool, typer.Option("--without-damaged", help="Leave out damaged checkpoints instead of failing.")
     ] = False,
@@ -45,18 +55,39 @@ def backup(
     The backup gets its name once it is whole and everything has been read back. Exit code 1 if it could not be made,
     2 if the directory or the name is wrong.
     """
+    place = to or into
+    if place is None or (to and into):
+        raise typer.BadParameter("give one of --to and --into")
+    if keep and into is None:
+        raise typer.BadParameter("--keep is about the backups of --into")
     directory = existing_state(state_dir, config_file, overrides)
-    from tolaria.checkpoint.backup import make_backup
-
     started_s = time.monotonic()
-    with system_errors(to):
-        made = make_backup(directory, to, without_damaged=without_damaged, on_checkpoint=_show_progress)
+    made = _made(directory, place, keep if into else None, without_damaged=without_damaged)
     took_s = round(time.monotonic() - started_s, 3)
     if as_json:
-        typer.echo(json.dumps({"path": str(to), "took_s": took_s, **backup_summary(made)}, indent=2))
+        answer = {"path": str(made.path), "took_s": took_s, "removed": made.removed, "unusable": made.damaged}
+        typer.echo(json.dumps({**answer, **backup_summary(made.manifest)}, indent=2))
         return
-    typer.echo(f"{to}: {_contents(made)}; read back and verified in {took_s:.1f} s")
-    _report_gaps(made)
+    typer.echo(f"{made.path}: {_contents(made.manifest)}; read back and verified in {took_s:.1f} s")
+    if made.removed:
+        typer.echo(f"  removed: {', '.join(made.removed)}")
+    for name in made.damaged:
+        typer.echo(f"  {name} cannot be restored; it stays, and is not counted", err=True)
+    _report_gaps(made.manifest)
+
+
+def _made(directory: Path, place: Path, keep: int | None, *, without_damaged: bool) -> Rotated:
+    """Makes a backup with the name `place`, or, if a number is to be kept, in the directory `place`."""
+    from tolaria.checkpoint.backup import make_backup
+    from tolaria.checkpoint.rotation import Rotated, make_rotated_backup
+
+    with system_errors(place):
+        if keep is not None:
+            return make_rotated_backup(
+                directory, place, keep, without_damaged=without_damaged, on_checkpoint=_show_progress
+            )
+        manifest = make_backup(directory, place, without_damaged=without_damaged, on_checkpoint=_show_progress)
+    return Rotated(place, manifest, (), ())
 
 
 def restore_backup(

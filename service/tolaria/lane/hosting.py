@@ -31,7 +31,7 @@ from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.lane.process import Received, end_with_service
 from tolaria.ranks.group import Group, lost_peer
 from tolaria.ranks.images import receive_image, send_image
-from tolaria.signals.lane_page import SILENT_SIGNAL, LanePage, PagePulse
+from tolaria.signals.lane_page import SILENT_ENDS_S, SILENT_SIGNAL, LanePage, PagePulse
 from tolaria.state.shared_memory import SharedMemory
 from tolaria.values.failure import Failure
 from tolaria.values.training import RankInfo
@@ -40,9 +40,6 @@ from tolaria.wire import Frame, FrameKind, FrameStream, send
 _FLUSH_S: Final = 10.0
 _WATCH_S: Final = 0.5
 _LEADER_S: Final = 2.0
-
-_STACKS_S: Final = 3.0
-"""Seconds that a silent rank leaves the service for collecting stacks, also from other machines."""
 
 
 def host(stream: FrameStream, received: Received, settings: Settings, page: LanePage) -> int:
@@ -140,7 +137,7 @@ def end_when_silent(page: LanePage, agent: int) -> None:
         if overdue_s := page.overdue_s():
             if agent:
                 os.kill(agent, SILENT_SIGNAL)
-            time.sleep(_STACKS_S)
+            time.sleep(SILENT_ENDS_S)
             if page.overdue_s():
                 os.write(2, f"the rank has given no heartbeat for {overdue_s:.0f} s\n".encode())
                 os._exit(1)

@@ -30,6 +30,9 @@ class WatchedFiles(Generic[_Value]):
         read: returns the value and the files that it comes from.
         on_failure: called for each new version that cannot be used.
 
+    Attributes:
+        problem: why the newest version cannot be used; empty if it is in use.
+
     Raises:
         CredentialsError: the first version cannot be used.
     """
@@ -44,7 +47,7 @@ class WatchedFiles(Generic[_Value]):
         self._what = what
         self._read = read
         self._log = structlog.get_logger(__name__)
-        self._problem = ""
+        self.problem = ""
         self._on_failure = on_failure
         self.value, self._files = read()
         self._stamps = self._look()
@@ -52,17 +55,17 @@ class WatchedFiles(Generic[_Value]):
     def refresh(self) -> bool:
         """Reads the files again if one of them has changed, or could not be used; returns whether the value is new."""
         stamps = self._look()
-        if stamps == self._stamps and not self._problem:
+        if stamps == self._stamps and not self.problem:
             return False
         try:
             self.value, self._files = self._read()
         except CredentialsError as error:
-            if str(error) != self._problem:
+            if str(error) != self.problem:
                 self._on_failure()
                 self._log.error("credentials_not_reloaded", what=self._what, detail=str(error), kept="the last ones")
-            self._problem = str(error)
+            self.problem = str(error)
             return False
-        self._stamps, self._problem = stamps, ""  # of before the reading: a change meanwhile is seen next time
+        self._stamps, self.problem = stamps, ""  # of before the reading: a change meanwhile is seen next time
         self._log.info("credentials_reloaded", what=self._what, files=list(self._files))
         return True
 

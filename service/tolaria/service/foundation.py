@@ -21,6 +21,7 @@ from tolaria.run.data_skips import DataSkip
 from tolaria.run.lane_client import LaneHandle
 from tolaria.run.restore_points import RestorePoints
 from tolaria.signals import SignalBoard
+from tolaria.status_page.curves import CurveSet
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
@@ -69,7 +70,7 @@ class Foundation:
     it, resumes it from `checkpoint`, an image and the run's adjustments, and `on_ready` is called then.
     `points` are the restore points that earlier processes of the run have left, `rollbacks` their number of rollbacks
     by origin, `skips` the data that operators have had them leave out, `branch` where the run has branched off.
-    `reread` reads the sources of the settings again.
+    `curves` are those of earlier processes of the run. `reread` reads the sources of the settings again.
     """
 
     settings: Settings
@@ -90,4 +91,5 @@ class Foundation:
     rollbacks: Mapping[str, int] = field(default_factory=dict)
     skips: tuple[DataSkip, ...] = ()
     branch: BranchOrigin | None = None
+    curves: CurveSet = field(default_factory=CurveSet)
     reread: Callable[[], Settings] = Settings

@@ -61,7 +61,12 @@ class Host:
         self._core = Core(foundation)
         self._log = structlog.get_logger()
         self._reload = Reload(
-            self._settings, foundation.reread, listeners.protection, foundation.emitter, self._core.status.run_id
+            self._settings,
+            foundation.reread,
+            listeners.protection,
+            foundation.emitter,
+            metrics=foundation.metrics,
+            run_id=self._core.status.run_id,
         )
         self._admin: AdminService | None = None
         self._had_terminal = has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN

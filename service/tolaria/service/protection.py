@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import anyio
 import anyio.to_thread
@@ -72,7 +73,19 @@ def protected(settings: Settings, metrics: Metrics) -> Protection:
     path = settings.metrics.web_config
     web = WatchedFiles(web_config.SETTING, lambda: WebConfig.read(path), on_failure=failed) if path else None
     guard = WebGuard(web, metrics, settings.metrics.connections_max)
+    named: tuple[tuple[str, WatchedFiles[Any] | None], ...] = (
+        ("server.tls_cert", tls),
+        ("server.tokens", tokens),
+        (web_config.SETTING, web),
+    )
+    for setting, watched in named:
+        if watched is not None:
+            metrics.server_credentials_current.labels(setting).set_function(partial(_is_current, watched))
     return Protection(tls, tokens, interceptor, files, web, guard, limits)
+
+
+def _is_current(watched: WatchedFiles[Any]) -> bool:
+    return not watched.problem
 
 
 def _call_limits(server: ServerSettings) -> CallLimits:

@@ -18,6 +18,7 @@ from tolaria.service.protection import Protection
 from tolaria.service.wiring import LiveParts
 from tolaria.telemetry import events
 from tolaria.telemetry.events import Emitter
+from tolaria.telemetry.metrics import Metrics
 
 READ_S: Final = 10.0
 """Longest wait for the file, and for the record of the settings."""
@@ -39,9 +40,18 @@ class Reload:
     """
 
     def __init__(
-        self, settings: Settings, reread: Callable[[], Settings], protection: Protection, emitter: Emitter, run_id: str
+        self,
+        settings: Settings,
+        reread: Callable[[], Settings],
+        protection: Protection,
+        emitter: Emitter,
+        *,
+        metrics: Metrics,
+        run_id: str,
     ) -> None:
         self._reread = reread
+        self._succeeded = metrics.config_last_reload_successful
+        self._succeeded.set(1)  # the service has started with them
         self._protection = protection
         self._emitter = emitter
         self._run_id = run_id
@@ -60,8 +70,10 @@ class Reload:
                 require_protection(wanted)
                 effective = with_live(self.in_force, wanted)
             except ConfigurationError as error:
+                self._succeeded.set(0)
                 self._emitter.emit(events.CONFIG_RELOAD_FAILED, origin=origin, problem="; ".join(error.problems))
                 raise
+            self._succeeded.set(1)
             found = differences(self.in_force, wanted)
             changed, waiting = [one for one in found if one.live], [one for one in found if not one.live]
             if changed:

@@ -45,6 +45,8 @@ from tolaria.service.listeners import open_listeners
 from tolaria.service.protection import forbid_core_files
 from tolaria.service.replicas import adopt_at_start
 from tolaria.signals import SignalBoard
+from tolaria.status_page.curves import CurveSet
+from tolaria.status_page.earlier import earlier_curves
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext, Priority, logging_to
 from tolaria.telemetry.metrics import Metrics, start_at_zero
@@ -176,7 +178,16 @@ def _foundation(
             rollbacks=point.rollbacks,
             skips=saved_skips(storage.journal, run_id),
             branch=branch_origin(storage.journal, run_id),
+            curves=_curves(settings, point),
         )
+
+
+def _curves(settings: Settings, point: ResumePoint) -> CurveSet:
+    """Returns what earlier processes of the run have left of its curves, for the status page."""
+    if point.loaded is None or not settings.metrics.viewers_max:
+        return CurveSet()
+    step = point.loaded.image.position.global_step
+    return earlier_curves(Path(settings.state.dir), point.state.run_id, point.points.lineage, step)
 
 
 def _count_dropped(metrics: Metrics, priority: Priority) -> None:

@@ -88,7 +88,7 @@ class Core:
             newest_checkpoint_ns=foundation.newest_checkpoint_ns,
             reasons=REASONS,
         )
-        self.history = PageHistory(self.status, foundation.points)
+        self.history = PageHistory(self.status, foundation.points, earlier=foundation.curves)
         self.tracking = Tracking(settings, metrics, emitter)
         self.seed_telemetry = SeedTelemetry(settings.gradients, metrics, emitter)
         self.observers = self._observers(safety_telemetry)
@@ -177,7 +177,7 @@ class LiveParts:
         core.foundation.storage.checkpoints.retention = retention_of(settings.checkpoint)
         core.health.adopt(settings.rollback)
         if core.process is not None:
-            core.process.settings = settings.lane
+            core.process.adopt(settings.lane)
         self.coordinator.settings = settings.rollback
         self.boundary.policy = _boundary_policy(settings)
         self.questions.control = settings.control

@@ -13,6 +13,15 @@ POINTS_MAX: Final = 300
 RECENT_MAX: Final = 1024
 """Latest values that are kept as they are, so that a point can be cut exactly where a rollback restores a step."""
 
+GROUPS_MAX: Final = 12
+"""Groups of parameters with a curve of their learning rate."""
+
+OWN_CURVES_MAX: Final = 24
+"""Metrics of the job with a curve, for evaluations and for steps each."""
+
+_CURVES_MAX: Final = {"rate": GROUPS_MAX, "evaluation": OWN_CURVES_MAX, "step": OWN_CURVES_MAX}
+_OWN_POINTS: Final = 150
+
 
 @dataclass(slots=True)
 class CurvePoint:
@@ -116,6 +125,36 @@ class Curve:
                 else:
                     merged.append(point)
             self.points = merged
+
+
+class CurveSet(dict[str, Curve]):
+    """The curves of a run by name, in the order in which they began: a bounded number of each kind.
+
+    `loss`, `validation_loss`, `accuracy` and `boundary_ms`; `rate/GROUP`; and metrics of the job as `evaluation/NAME`
+    and `step/NAME`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({name: Curve() for name in ("loss", "validation_loss", "accuracy", "boundary_ms")})
+
+    def add(self, name: str, step: int, value: float) -> None:
+        """Adds a value to a curve, which is begun unless there are enough of its kind."""
+        if name not in self:
+            kind = name.partition("/")[0]
+            if sum(known.startswith(f"{kind}/") for known in self) >= _CURVES_MAX[kind]:
+                return
+            self[name] = Curve(_OWN_POINTS)
+        self[name].add(step, value)
+
+    def rewind(self, step: int) -> None:
+        """Removes all values of later steps."""
+        for curve in self.values():
+            curve.rewind(step)
+
+    @property
+    def first_step(self) -> int | None:
+        """The first step with a value; None without any."""
+        return min((curve.points[0].first for curve in self.values() if curve.points), default=None)
 
 
 class EncodedCurve:

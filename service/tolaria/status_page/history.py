@@ -16,18 +16,11 @@ from tolaria.rollback.protocol import Ending, Rollback
 from tolaria.run.observers import RunObserver
 from tolaria.run.restore_points import RestorePoints
 from tolaria.run.status import RunStatus
-from tolaria.status_page.curves import Curve
+from tolaria.status_page.curves import CurveSet
 from tolaria.status_page.seed_timeline import SeedTimeline
 from tolaria.values.lineage import Lineage
 
 MARKS_MAX: Final = 64
-GROUPS_MAX: Final = 12
-"""Groups of parameters with a curve of their learning rate."""
-
-OWN_CURVES_MAX: Final = 24
-"""Metrics of the job with a curve, for evaluations and for steps each."""
-
-_OWN_POINTS: Final = 150
 _GENERAL: Final = frozenset({"loss", "accuracy"})
 
 
@@ -49,17 +42,23 @@ class PageHistory(RunObserver):
     """Remembers what has happened since this process began. Used on the event loop only.
 
     Attributes:
-        curves: by name, in the order in which they began: `loss`, `validation_loss`, `accuracy` and `boundary_ms`;
-            `rate/GROUP`; and metrics of the job as `evaluation/NAME` and `step/NAME`.
+        curves: of this process, and of `earlier` ones of the run.
         marks: where the run went back, oldest first.
         journalled: rises when journal or restore points may have other rows than before.
     """
 
-    def __init__(self, status: RunStatus, points: RestorePoints, *, wall_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(
+        self,
+        status: RunStatus,
+        points: RestorePoints,
+        *,
+        earlier: CurveSet | None = None,
+        wall_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
         self._status = status
         self._points = points
         self._wall_ns = wall_ns
-        self.curves = {name: Curve() for name in ("loss", "validation_loss", "accuracy", "boundary_ms")}
+        self.curves = CurveSet() if earlier is None else earlier
         self.marks: deque[Mark] = deque(maxlen=MARKS_MAX)
         self.seeds = SeedTimeline()
         self.device = ""
@@ -74,8 +73,10 @@ class PageHistory(RunObserver):
     # -- training ----------------------------------------------------------------------------------------------------
 
     def on_ready(self, ready: LaneReady) -> None:
-        self.device, self.first_step = ready.device, ready.position.global_step
-        self._step = self.first_step
+        self.device, self._step = ready.device, ready.position.global_step
+        self.curves.rewind(self._step)
+        first_step = self.curves.first_step
+        self.first_step = self._step if first_step is None else max(0, first_step - 1)
         self.journalled += 1
 
     def on_step(self, step: StepDone) -> None:
@@ -85,7 +86,7 @@ class PageHistory(RunObserver):
         if not step.skipped:
             self.curves["loss"].add(step.global_step, step.loss)
         if step.logged:
-            self._own("step", step.logged, step.global_step)
+            self._add_all("step", step.logged, step.global_step)
 
     def on_frame(self, status: RunStatus) -> None:
         self.seeds.advance(status.global_step)
@@ -96,30 +97,21 @@ class PageHistory(RunObserver):
         for curve, name in (("validation_loss", "loss"), ("accuracy", "accuracy")):
             if name in figures:
                 self.curves[curve].add(step, figures[name])
-        self._own("evaluation", {name: value for name, value in figures.items() if name not in _GENERAL}, step)
+        self._add_all("evaluation", {name: value for name, value in figures.items() if name not in _GENERAL}, step)
 
     def on_boundary(self, status: RunStatus, epoch: EpochDone, *, budget_ms: float, breach: bool) -> None:
         del budget_ms, breach
         self.curves["boundary_ms"].add(epoch.global_step, status.boundaries_ms[-1])
 
     def on_learning_rates(self, rates: dict[str, float]) -> None:
-        self._add_all("rate", rates, self._status.global_step, GROUPS_MAX)
+        self._add_all("rate", rates, self._status.global_step)
 
     def on_seeds(self, states: Sequence[SeedState]) -> None:
         self.seeds.update(states, self._status.global_step)
 
-    def _own(self, kind: str, figures: Mapping[str, float], step: int) -> None:
-        self._add_all(kind, figures, step, OWN_CURVES_MAX)
-
-    def _add_all(self, kind: str, figures: Mapping[str, float], step: int, curves_max: int) -> None:
-        """Adds a value to each curve of a kind; beyond their greatest number, none is begun."""
+    def _add_all(self, kind: str, figures: Mapping[str, float], step: int) -> None:
         for name, value in figures.items():
-            key = f"{kind}/{name}"
-            if key not in self.curves:
-                if sum(known.startswith(f"{kind}/") for known in self.curves) >= curves_max:
-                    continue
-                self.curves[key] = Curve(_OWN_POINTS)
-            self.curves[key].add(step, value)
+            self.curves.add(f"{kind}/{name}", step, value)
 
     # -- going back --------------------------------------------------------------------------------------------------
 
@@ -152,8 +144,7 @@ class PageHistory(RunObserver):
             self._rewind(common)
 
     def _rewind(self, step: int) -> None:
-        for curve in self.curves.values():
-            curve.rewind(step)
+        self.curves.rewind(step)
         self.seeds.rewind(step)
         self.first_step = min(self.first_step, step)
 

@@ -397,6 +397,12 @@ class Metrics:
         self.server_credentials_failures_total = self._counter(
             "server.credentials_failures_total", "Changed certificates, tokens or passwords that cannot be used."
         )
+        self.server_credentials_current = self._gauge(
+            "server.credentials_current", "0: the newest files of this setting cannot be used.", ["setting"]
+        )
+        self.config_last_reload_successful = self._gauge(
+            "config.last_reload_successful", "0: the settings were wrong when they were read again last."
+        )
         self.metrics_requests_total = self._counter(
             "metrics.requests_total", "Requests to the metrics server, by user and HTTP status.", ["caller", "code"]
         )

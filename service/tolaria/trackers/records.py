@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -34,16 +35,16 @@ def to_line(record: Record) -> bytes:
 
 
 def from_line(line: bytes) -> Record | None:
-    """Returns the record of a line; None for one that is torn, or of a kind that this version does not know."""
+    """Returns the record of a line; None for one that is damaged, or of a kind that this version does not know."""
     try:
         values = json.loads(line)
         kind = _KINDS[values.pop("kind")]
         if kind is Point:
-            values["values"] = {name: value for name, value in values["values"].items() if value is not None}
+            values["values"] = {name: float(value) for name, value in values["values"].items() if value is not None}
         record: Record = kind(**values)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
-    return record
+    return record if type(record.global_step) is int and type(record.attempt) is int else None
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -52,6 +53,9 @@ class LogPosition:
 
     segment: int = 0
     offset: int = 0
+
+
+_START: Final = LogPosition()
 
 
 def segments_in(directory: Path) -> list[int]:
@@ -147,7 +151,23 @@ class LogReader:
         return found if found or offset == self.position.offset else self._read_segment()
 
 
-def surviving_points(directory: Path, run_id: str = "", until: LogPosition | None = None) -> list[Point]:
+def newest_position(directory: Path, size_bytes: int) -> LogPosition:
+    """Returns the place, perhaps within a line, from which on the log has `size_bytes`, or all of it if it has less.
+
+    Raises OSError if the directory cannot be read.
+    """
+    for number in reversed(segments_in(directory)):
+        with suppress(FileNotFoundError):  # removed meanwhile
+            size = segment_path(directory, number).stat().st_size
+            if size >= size_bytes:
+                return LogPosition(number, size - size_bytes)
+            size_bytes -= size
+    return LogPosition()
+
+
+def surviving_points(
+    directory: Path, run_id: str = "", until: LogPosition | None = None, *, since: LogPosition = _START
+) -> list[Point]:
     """Returns the points of a run (empty: of the last one) that no rollback and no restart has undone, oldest first.
 
     Of a metric that was recorded twice at one step, as an evaluation that was repeated, the first is returned.
@@ -156,10 +176,11 @@ def surviving_points(directory: Path, run_id: str = "", until: LogPosition | Non
         directory: the log, `metrics` in a state directory.
         run_id: the run.
         until: only what was written before this position.
+        since: only what was written after this position, which may be within a line.
     """
     points: list[Point] = []
     current, found_run = "", ""
-    for record in _all_records(directory, until):
+    for record in _all_records(directory, since, until):
         if isinstance(record, TrackedRun):
             current = record.run_id
             if not run_id and current != found_run:
@@ -176,8 +197,8 @@ def surviving_points(directory: Path, run_id: str = "", until: LogPosition | Non
     return list(_without_repeats(points))
 
 
-def _all_records(directory: Path, until: LogPosition | None) -> Iterator[Record]:
-    reader = LogReader(directory, LogPosition())
+def _all_records(directory: Path, since: LogPosition, until: LogPosition | None) -> Iterator[Record]:
+    reader = LogReader(directory, since)
     while records := reader.read():
         for record, position in records:
             if until is not None and position > until:

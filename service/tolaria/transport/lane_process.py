@@ -30,7 +30,7 @@ from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.processes import ChildCommand, ChildProcess, ChildSupervisor, RestartPolicy
 from tolaria.ranks.liveness import Standstill
 from tolaria.segments import allow_descriptors, segments_frames, share
-from tolaria.signals.lane_page import LanePage
+from tolaria.signals.lane_page import SILENT_ENDS_S, LanePage
 from tolaria.transport.lane_images import HeldSegments
 from tolaria.transport.lane_link import LaneLink
 from tolaria.transport.lane_stacks import LaneStacks
@@ -330,10 +330,14 @@ class LaneProcess(ChildSupervisor):
             elif (silent_ns := max(page.silent_rank_ns, others.silent_rank_ns if others else 0)) > self._silent_rank_ns:
                 self._silent_rank_ns = silent_ns
                 end.stacks = await self._stacks.dump(self.pid, "a rank gives no heartbeat")  # it ends itself
+                end.batch, end.recovers_s = page.batch, time.monotonic() + SILENT_ENDS_S
             elif self.link.ended.is_set() or time.monotonic() > end.exits_by_s:
                 await anyio.sleep(_AGENT_ENDS_S if self._settings.lane.mode == "torchrun" else _DUMP_S)
                 if end is self._end:
                     kill_group(self.pid)
+            elif end.stacks and end.goes_on(page.batch):
+                _log.info("rank_recovered", generation=self.generation, detail=f"its stacks were {end.stacks}")
+                end.stacks = ""  # a later end has another cause
 
     async def _end_silent(self, end: _End, why: str, still: Callable[[], float] = lambda: 1.0) -> None:
         """Dumps the stacks of a process and kills it, unless it is not `still` silent."""
@@ -347,8 +351,9 @@ class LaneProcess(ChildSupervisor):
 class _End:
     """How a process ends, as far as it is known. `out_of_memory` counts the kills before its start.
 
-    `stacks` says where the ranks were, `lost` which machine of the group has gone, `regrouped` that one is taken in,
-    `code_elsewhere` how ranks on another machine have ended.
+    `stacks` says where the ranks were when one gave no heartbeat, `batch` which one the lane took last before
+    `recovers_s`, when that rank has ended unless it gives heartbeats again; `lost` says which machine of the group has
+    gone, `regrouped` that one is taken in, `code_elsewhere` how ranks on another machine have ended.
     """
 
     out_of_memory: int = 0
@@ -363,6 +368,8 @@ class _End:
     fault: str = ""
     silent: str = ""
     stacks: str = ""
+    batch: tuple[int, int] | None = None
+    recovers_s: float = math.inf
     ranks: tuple[int, ...] = ()
     raised: str = ""
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=_LINES_KEPT))
@@ -375,6 +382,12 @@ class _End:
     def still_building(self) -> float:
         """Returns 1 until the lane is built, then 0."""
         return float(self.building)
+
+    def goes_on(self, batch: tuple[int, int] | None) -> bool:
+        """Whether the lane, which takes this batch now, has gone on after the end of a rank was due: with that rank."""
+        if time.monotonic() < self.recovers_s:
+            self.batch = batch
+        return batch != self.batch
 
     def described(self, detail: str) -> tuple[str, str]:
         """Returns the kind and the cause of the end, with the last lines of its standard error, or where it crashed."""

@@ -13,7 +13,7 @@ from typing import Final
 import anyio
 import structlog
 
-from tolaria.config import Settings
+from tolaria.config import LaneSettings, Settings
 from tolaria.errors import LaneError, LaneFailedError, LaneLostError, WireError
 from tolaria.images import StateImage
 from tolaria.lane import encoding, messages
@@ -68,6 +68,7 @@ class ProcessLane:
     Attributes:
         images: the pool through which run and lane exchange images.
         plan: says what a process after the first one restores; as `LaneOwner.next_plan`.
+        settings: those of the lane that are in force.
         drained: whether the end of the lane is not that of the run, which another service continues.
         rendezvous: where other machines join; None without any.
         replicas: keeps replicas of snapshots on one of them; None if the settings ask for none.
@@ -219,6 +220,12 @@ class ProcessLane:
             return self.rendezvous.waiting, time.monotonic() - self.rendezvous.waiting_since_s
         page = self._process.page
         return ("", 0.0) if page is None else page.phase()
+
+    def adopt(self, settings: LaneSettings) -> None:
+        """Uses these settings from the next decision on; those that are not live are as before."""
+        self.settings = settings
+        if self.rendezvous is not None:
+            self.rendezvous.settings = settings
 
     # -- the owner of the process ------------------------------------------------------------------------------------
 

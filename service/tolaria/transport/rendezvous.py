@@ -76,12 +76,13 @@ class Rendezvous:
         owner: learns of what ends the group.
 
     Attributes:
+        settings: those of the lane; a reload replaces them.
         waiting: what a start waits for, since `waiting_since_s` of the monotonic clock; empty if none does.
         silent_rank_ns: when a machine has said that one of its ranks is silent, as `LanePage.silent_rank_ns`.
     """
 
     def __init__(self, settings: Settings, owner: GroupOwner) -> None:
-        self._lane, self._job = settings.lane, settings.training.job
+        self.settings, self._job = settings.lane, settings.training.job
         self._secret = b""
         self._owner = owner
         self._address = Address.parse(settings.lane.rendezvous)
@@ -105,7 +106,7 @@ class Rendezvous:
             ConfigurationError: the file with the secret cannot be read, or is too short.
             BindError: the address cannot be listened on.
         """
-        self._secret = await anyio.to_thread.run_sync(read_secret, self._lane.secret_file)
+        self._secret = await anyio.to_thread.run_sync(read_secret, self.settings.secret_file)
         await anyio.to_thread.run_sync(admission.torch_version)
         try:
             listener = await anyio.create_tcp_listener(local_host=self._address.host, local_port=self._address.port)
@@ -132,7 +133,7 @@ class Rendezvous:
     def can_grow(self) -> bool:
         """Whether a new start of the group would have more machines."""
         members = sum(node.member for node in self._nodes)
-        return len(self._usable(members)) > 0 and members < self._lane.nodes_max - 1
+        return len(self._usable(members)) > 0 and members < self.settings.nodes_max - 1
 
     def _usable(self, others: int = 0) -> list[JoinedNode]:
         """Returns the machines that can start ranks, beside `others` that have.
@@ -142,10 +143,10 @@ class Rendezvous:
         ready = [node for node in self._nodes if node.ready]
         flaky = [node for node in ready if self._lost_often(node.host)]
         steady = [node for node in ready if node not in flaky]
-        return [*steady, *flaky[: max(0, self._lane.nodes_min - 1 - others - len(steady))]]
+        return [*steady, *flaky[: max(0, self.settings.nodes_min - 1 - others - len(steady))]]
 
     def _lost_often(self, host: str) -> bool:
-        since_s = time.monotonic() - self._lane.restarts_within_s
+        since_s = time.monotonic() - self.settings.restarts_within_s
         self._losses[host] = [at_s for at_s in self._losses.get(host, []) if at_s >= since_s]
         return len(self._losses[host]) >= _LOSSES_MAX
 
@@ -154,19 +155,19 @@ class Rendezvous:
 
         As soon as `lane.nodes` permits the group, further machines have `lane.join_wait_s` to come.
         """
-        others_min, others_max = self._lane.nodes_min - 1, self._lane.nodes_max - 1
+        others_min, others_max = self.settings.nodes_min - 1, self.settings.nodes_max - 1
         enough_s, said_s, self.waiting_since_s = math.inf, -math.inf, time.monotonic()
         try:
             while len(found := self._usable()) < others_max:
                 now_s = time.monotonic()
                 enough_s = min(enough_s, now_s) if len(found) >= others_min else math.inf
-                if now_s - enough_s >= self._lane.join_wait_s:
+                if now_s - enough_s >= self.settings.join_wait_s:
                     break
-                self.waiting = f"waiting for machines: {len(found) + 1} of {self._lane.nodes} are there"
+                self.waiting = f"waiting for machines: {len(found) + 1} of {self.settings.nodes} are there"
                 if now_s - said_s >= _SAY_S:
                     _log.info("waiting_for_nodes", detail=self.waiting, rendezvous=str(self._address))
                     said_s = now_s
-                with anyio.move_on_after(min(_SAY_S, enough_s + self._lane.join_wait_s - now_s)):
+                with anyio.move_on_after(min(_SAY_S, enough_s + self.settings.join_wait_s - now_s)):
                     await self._changed.wait()
         finally:
             self.waiting = ""
@@ -281,23 +282,23 @@ class Rendezvous:
         others = [node for node in self._nodes if node.asked.identity != asked.identity]
         if problem := admission.version_problem(asked):
             refused = Refused("version", problem)
-        elif len(others) >= self._lane.nodes_max - 1:
+        elif len(others) >= self.settings.nodes_max - 1:
             names = ", ".join(node.host for node in others)
             refused = Refused(
-                "full", f"lane.nodes is {self._lane.nodes}, and there are this service's and {names}"[:4096]
+                "full", f"lane.nodes is {self.settings.nodes}, and there are this service's and {names}"[:4096]
             )
         if refused is not None:
             await channel.send(admission.packed(refused))
             raise JoinRefusedError(refused.reason, refused.detail)
         digest = await anyio.to_thread.run_sync(admission.job_digest, self._job)
-        await channel.send(admission.packed(Accepted(self._job, digest, self._lane.node_timeout_s)))
+        await channel.send(admission.packed(Accepted(self._job, digest, self.settings.node_timeout_s)))
 
     async def _serve_node(self, channel: Channel, asked: Joining) -> None:
         for old in [node for node in self._nodes if node.asked.identity == asked.identity]:
             old.drop("it has connected again")
         put, take = anyio.create_memory_object_stream[admission.ToMachine](_UNSENT_MAX)
         async with put, take, anyio.create_task_group() as tasks:
-            timeout_s = self._lane.node_timeout_s
+            timeout_s = self.settings.node_timeout_s
             node = JoinedNode(asked, channel, put, tasks.cancel_scope, time.monotonic(), timeout_s)
             self._nodes.append(node)
             self._wake_changed()
@@ -378,7 +379,7 @@ class Rendezvous:
 
     async def _watch(self) -> None:
         """Sends heartbeats, and drops machines that have been silent for too long."""
-        timeout_s = self._lane.node_timeout_s
+        timeout_s = self.settings.node_timeout_s
         standstill = Standstill(timeout_s / BEATS, timeout_s)
         while True:
             await standstill.sleep()

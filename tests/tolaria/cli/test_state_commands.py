@@ -103,6 +103,19 @@ def test_a_newer_directory_is_refused(command: list[str], state: Path, tmp_path:
     assert not (tmp_path / "copy").exists()
 
 
+def test_backups_of_a_folder_are_rotated(state: Path, tmp_path: Path) -> None:
+    """The answer names what was removed; one of --to and --into is given, and --keep is about the latter."""
+    (tmp_path / "all").mkdir()
+    made = [answer_of(run("backup", "--into", tmp_path / "all", "--keep", "1", "--state-dir", state, "--json"))]
+    made += [answer_of(run("backup", "--into", tmp_path / "all", "--keep", "1", "--state-dir", state, "--json"))]
+    assert [path.name for path in (tmp_path / "all").iterdir()] == [Path(made[1]["path"]).name]
+    assert (made[0]["removed"], made[1]["removed"]) == ([], [Path(made[0]["path"]).name])
+    shown = run("backup", "--into", tmp_path / "all", "--keep", "1", "--state-dir", state)
+    assert f"removed: {Path(made[1]['path']).name}" in shown.stdout
+    for wrong in ([], ["--to", "x", "--into", "y"], ["--to", "x", "--keep", "1"], ["--into", "nowhere"]):
+        assert run("backup", *wrong, "--state-dir", state).exit_code == 2
+
+
 def test_backup_and_restore(state: Path, tmp_path: Path) -> None:
     """In both forms, as text and as JSON; the second restoration needs --replace."""
     made = run("backup", "--to", tmp_path / "copy", "--state-dir", state)

@@ -10,6 +10,7 @@ import pytest
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from support.runs import FakePeers, RunUnderTest, new_run
+from support.settings_holders import stale_holders
 from tolaria.config import Settings, is_live
 from tolaria.errors import CommandRejectedError, ConfigurationError
 from tolaria.resilience.breaker import Breaker
@@ -17,6 +18,7 @@ from tolaria.resilience.deadline import DeadlineCaller
 from tolaria.service.protection import Protection, protected
 from tolaria.service.reload import Reload
 from tolaria.telemetry.metrics import Metrics
+from tolaria.transport.process_lane import ProcessLane
 
 pytestmark = pytest.mark.anyio
 
@@ -27,7 +29,8 @@ class Reloading:
     def __init__(self, folder: Path) -> None:
         self.run: RunUnderTest = new_run(FakePeers(), sections={"state": {"dir": str(folder)}})
         self.settings = self.run.core.foundation.settings
-        self.protection: Protection = protected(self.settings, Metrics())
+        self.metrics = Metrics()
+        self.protection: Protection = protected(self.settings, self.metrics)
         self.live = self.run.service.live
         self.callers = {
             peer: DeadlineCaller(peer, Breaker(peer, clock=time.monotonic), section, observe=lambda _record: None)
@@ -35,7 +38,9 @@ class Reloading:
         }
         self.wanted: Settings = self.settings
         self.reread: Callable[[], Settings] = lambda: self.wanted
-        self.reload = Reload(self.settings, self.read_sources, self.protection, self.run.emitter, "run")
+        self.reload = Reload(
+            self.settings, self.read_sources, self.protection, self.run.emitter, metrics=self.metrics, run_id="run"
+        )
         self.reload.parts = self.live
 
     def read_sources(self) -> Settings:
@@ -104,6 +109,34 @@ BELOW = {
     *("logging.level", "leyline.secret", "leyline.previous_secret", "leyline.freshness_s"),
     *("lane.restarts_max", "lane.restarts_within_s"),
 }
+
+
+WHOLE = {
+    *(
+        "Foundation.settings",
+        "BuiltLane.settings",
+        "LaneProcess._settings",
+    ),  # what parts were, and lanes are, built from
+    *("TrainingRun._settings", "GradientMerger._settings"),  # read nothing that is live
+    "TrackingTelemetry._settings",  # tells trackers the settings that the run has begun with
+}
+"""Attributes that keep the settings of the start. Whoever adds one says why no live setting is read from it."""
+
+
+async def test_no_other_part_keeps_settings_of_before_a_reload(it: Reloading) -> None:
+    """Those of a group of machines included: a part that the reload forgets is found by what it refers to."""
+    group = {"lane": {"mode": "torchrun", "nodes": "1:2", "rendezvous": "127.0.0.1:29400", "secret_file": "secret"}}
+    it.run.core.process = lane = ProcessLane(Settings.model_validate(group))
+    sections = {name: part.model_dump() for name, part in it.settings}
+    changes = {name: value for name, (value, _) in USED.items()}
+    changes |= {"server.streams_max": 9, "leyline.freshness_s": 9.0, "lane.restarts_within_s": 9.0}
+    for name, value in changes.items():
+        section, _, field = name.partition(".")
+        sections[section][field] = value
+    it.wanted = Settings.model_validate(sections)
+    await it.reload.carry_out("test")
+    assert stale_holders((it.run, it.reload, lane), it.wanted) == WHOLE
+    assert lane.settings is it.reload.in_force.lane
 
 
 def test_each_live_setting_has_a_case() -> None:
@@ -186,6 +219,23 @@ async def test_a_wrong_file_changes_nothing(it: Reloading) -> None:
         await it.reload.carry_out("SIGHUP")
     assert it.reload.in_force is it.settings
     assert it.run.emitter.names == ["tolaria.config_reload_failed"] * 2
+
+
+async def test_a_metric_says_whether_the_last_reload_succeeded(it: Reloading) -> None:
+    """1 from the start on, 0 after one that failed, 1 after the next one that changes nothing or something."""
+
+    def successful() -> float | None:
+        return it.metrics.registry.get_sample_value("tolaria.config.last_reload_successful")
+
+    assert successful() == 1
+    it.want("server.listen", "0.0.0.0:50051")
+    for _ in range(2):
+        with pytest.raises(ConfigurationError):
+            await it.reload.carry_out("SIGHUP")
+        assert successful() == 0
+    it.wanted = it.settings
+    await it.reload.carry_out("SIGHUP")
+    assert successful() == 1
 
 
 async def test_what_waits_for_a_restart_is_named_until_then(it: Reloading) -> None:

@@ -11,10 +11,12 @@ from leyline.v1.state_pb2 import HardwareContext
 from support.runs import FakePeers, RunUnderTest, new_run, running, train_to
 from tolaria.lane.messages import EpochDone
 from tolaria.rollback.protocol import Rollback
-from tolaria.status_page.history import GROUPS_MAX, last_common_step
+from tolaria.status_page.curves import GROUPS_MAX, CurveSet
+from tolaria.status_page.history import PageHistory, last_common_step
 from tolaria.status_page.seed_timeline import SEEDS_MAX, STAGES_MAX, SeedTimeline
 from tolaria.values.evaluation import Evaluation
 from tolaria.values.lineage import Lineage
+from tolaria.values.training import Position
 
 pytestmark = pytest.mark.anyio
 AUTO, FULL = enums.ROLLBACK_TIER_UNSPECIFIED, enums.ROLLBACK_TIER_FULL
@@ -55,6 +57,18 @@ async def test_a_run_has_curves_and_a_rollback_cuts_them() -> None:
         await train_to(run, 6)
         assert [point.first for point in history.curves["loss"].points] == list(range(1, 7))
         await stop(run)
+
+
+async def test_the_curves_of_earlier_processes_go_on_where_the_run_is_resumed() -> None:
+    """What they have beyond that step is removed, and the charts begin with them."""
+    run, earlier = new_run(FakePeers(), epochs=1), CurveSet()
+    for step in range(3, 9):
+        earlier.add("loss", step, 1.0)
+    history = PageHistory(run.status, run.core.foundation.points, earlier=earlier)
+    assert run.core.ready is not None
+    history.on_ready(replace(run.core.ready, position=Position(6, 1)))
+    assert [point.first for point in history.curves["loss"].points] == [3, 4, 5, 6]
+    assert history.first_step == 2
 
 
 async def test_an_epoch_without_an_evaluation_has_no_point() -> None:

@@ -6,9 +6,11 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import anyio
 import pytest
+from structlog.testing import capture_logs
 
 from tolaria.config import LaneSettings, Settings
 from tolaria.config.ranks import RAISED
@@ -197,3 +199,38 @@ async def test_a_process_that_does_not_end_after_its_last_message_is_killed(monk
         ended = await lane.until(LaneEnded)  # the same three times
         assert isinstance(ended, LaneEnded)
         assert "no file" in str(ended.failure)
+
+
+SILENT = """
+from tolaria.segments import Segment
+from tolaria.signals.lane_page import LanePage
+page = LanePage(Segment(0, int(options["page"])))
+page.show_batch(1, 1); say_ready(); page.show_silent_rank()
+while (frame := stream.next()).kind is not FrameKind.COMMAND: pass
+page.show_batch(1, {batch}); stream.next(); os._exit(3)
+"""
+
+
+@pytest.mark.parametrize("recovers", [True, False])
+async def test_stacks_of_a_rank_that_gives_heartbeats_again_are_not_in_a_later_cause(
+    recovers: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The lane has gone on to another batch, after the rank would have ended: then the end has another cause."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tolaria.transport.lane_process.SILENT_ENDS_S", 0.0)
+
+    async def logged(event: str) -> None:
+        with anyio.fail_after(30):
+            while event not in [entry["event"] for entry in logs]:
+                await anyio.sleep(0.005)
+
+    with capture_logs() as logs:
+        async with running(SILENT.format(batch=2 if recovers else 1), monkeypatch) as lane:
+            await logged("lane_stacks")
+            lane.lane.send(1, RunEpoch(1))
+            if recovers:
+                await logged("rank_recovered")
+            lane.lane.send(2, RunEpoch(2))
+            lost = await lane.until(LaneLost)
+            assert isinstance(lost, LaneLost)
+            assert (lost.kind, "stacks" in lost.cause) == ("exited", not recovers), lost

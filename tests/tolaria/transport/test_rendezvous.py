@@ -156,6 +156,9 @@ async def test_a_machine_that_is_lost_again_and_again_is_left_out_if_possible(
         async with met.machine():
             with anyio.fail_after(60), await met.rendezvous.form() as formation:  # noqa: ASYNC100 - `form` waits
                 assert len(formation.nodes) == taken
+            met.rendezvous.settings = met.rendezvous.settings.model_copy(update={"restarts_within_s": 1e-9})
+            with anyio.fail_after(20), await met.rendezvous.form() as formation:  # noqa: ASYNC100 - `form` waits
+                assert len(formation.nodes) == 1  # since a reload the losses are too old to count
 
 
 async def test_failed_ranks_are_reported_once_and_of_this_generation_only(tmp_path: Path) -> None:

@@ -314,7 +314,9 @@ class ThreadLane:
     def _mark(self, region: Region) -> AbstractContextManager[object]:
         if region == "input":
             return self._heartbeat.lane_phase(LanePhase.LOADING)
-        return self._merging() if region == "merge" else self._profiler.mark(region)
+        if region == "merge" and self._module.group is not None:
+            return self._merging()
+        return self._profiler.mark(region)
 
     @contextmanager
     def _merging(self) -> Iterator[None]:

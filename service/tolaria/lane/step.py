@@ -29,7 +29,7 @@ from tolaria.lane.profiling import Mark, unmarked
 from tolaria.lane.rank_failures import ReportedError, agree_on_branches, reportable
 from tolaria.lane.step_losses import StepLosses
 from tolaria.lane.train_module import TrainModule
-from tolaria.shards import local, local_parts
+from tolaria.shards import local_parts
 from tolaria.values.optimization import LearningRateViolation
 
 _HALF: Final = frozenset({torch.float16, torch.bfloat16})
@@ -221,7 +221,7 @@ def _take_microbatches(
         taken.counted = module.training_share.counted(read)
         module.save_microbatch(gradients=thorough)
         losses = _forward(module, batch, taken, mark)
-        if batch.seed_ids is None:
+        if batch.seed_ids is None and module.group is not None:  # which alone compares them
             taken.sources = crc32(repr(tuple(losses)).encode(), taken.sources)
         counts = not (each and module.accumulate > 1) or module.on_all_ranks(essential_finite(module, losses))
         if not (counts and _backward(module, losses, batch, taken, mark, thorough=thorough)):
@@ -327,20 +327,22 @@ def _measure(taken: StepLosses, module: TrainModule) -> _Measured:
     An isolated seed is a clip group by itself and cannot affect the host: if its norm is not finite, its gradients
     are dropped.
     """
-    groups = [[local(p.grad) for p in group if p.grad is not None] for group in module.clip_groups]
-    gradients = [gradient for group in groups for gradient in group]
+    groups = [[p.grad for p in group if p.grad is not None] for group in module.clip_groups]
+    if module.sharded:
+        groups = [local_parts(group) for group in groups]
+    gradients = [gradient for group in groups for gradient in group] if len(groups) > 1 else groups[0]
     losses = [loss for loss in (taken.loss, taken.essential, taken.judged) if loss is not None]
     if not gradients:  # no sample of this step is for a parameter in the optimizer
         return _Measured(*_losses(taken, [loss.item() for loss in losses]), [0.0] * len(groups))
     # All gradients are on one device, so the grouping that torch.nn.utils.get_total_norm does first is not needed: on
     # small models it costs as much as an operation of the model.
-    half = any(gradient.dtype in _HALF for gradient in gradients)
+    half = not _HALF.isdisjoint([gradient.dtype for gradient in gradients])
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float32 if half else None)  # noqa: SLF001 - torch's name for the batched norm
-    # One transfer: the losses and the norm of each gradient; their root sum of squares is cheaper on the host.
-    dtype = norms[0].dtype
-    values: list[float] = torch.stack([each.to(dtype) for each in (*losses, *norms)]).tolist()
+    values = _transferred([*losses, *norms], norms[0].dtype, module.device)
     rest = iter(values[len(losses) :])
     found = module.norms_over_shards([math.hypot(*islice(rest, len(group))) for group in groups])
+    if not module.isolated_seeds:
+        return _Measured(*_losses(taken, values[: len(losses)]), found)
     dropped = []
     for seed_id, parameters, norm in zip(module.isolated_seeds, module.clip_groups[1:], found[1:], strict=True):
         if not math.isfinite(norm):
@@ -348,6 +350,18 @@ def _measure(taken: StepLosses, module: TrainModule) -> _Measured:
             for parameter in parameters:
                 parameter.grad = None
     return _Measured(*_losses(taken, values[: len(losses)]), found, tuple(dropped))
+
+
+def _transferred(scalars: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> list[float]:
+    """Returns losses and the norm of each gradient as numbers, in one transfer. Synchronises.
+
+    The root sum of squares of the norms is cheaper on the host. On a CPU nothing is transferred, and reading one by one
+    takes less than half of the time that stacking takes.
+    """
+    if device.type == "cpu":
+        return [(each if each.dtype is dtype else each.to(dtype)).item() for each in scalars]
+    values: list[float] = torch.stack([each.to(dtype) for each in scalars]).tolist()
+    return values
 
 
 def _losses(taken: StepLosses, values: Sequence[float]) -> tuple[float, float | None]:
@@ -385,5 +399,4 @@ def _check_parameters(module: TrainModule, taken: StepLosses, *, skipped: bool) 
 
 
 def _losses_of(module: TrainModule) -> Callable[[Batch], Mapping[str, Tensor]]:
-    seeds = module.seeds.topology.training_seeds
-    return lambda batch: checked_losses(module.job, module.model, batch, seeds)
+    return lambda batch: checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)

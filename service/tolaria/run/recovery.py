@@ -195,7 +195,6 @@ class Recovery:
             return
         above, suspect = bool(self._health.above), self._health.suspect
         self._checkpointing.on_proven(self._points.step_done(above=above, suspect=suspect))
-        self._status.newest_proven_step = self._points.newest_proven_step
 
     def on_step(self, step: messages.StepDone) -> None:
         """Handles a healthy step: the first one that is not skipped ends the recovery from a rollback."""

@@ -200,6 +200,7 @@ class TrainingRun(RunOperations):
     def _on_events(self, events: Sequence[messages.Event]) -> None:
         for event in events:
             self._on_event(event)
+        self._status.newest_proven_step = self._parts.points.newest_proven_step  # once a frame: it is only shown
         self._save_health()
         self._parts.safety.check_breakers()
         self._observers.on_frame(self._status)

@@ -36,7 +36,9 @@ class _Stretch:
 
     def up_to(self, step: int) -> _Stretch:
         """Returns the steps up to this one."""
-        return replace(self, last=step)
+        return _Stretch(
+            self.first, step, self.epoch, self.place, self.size
+        )  # for every step; replace takes 4 x as long
 
     def after(self, step: int) -> _Stretch:
         """Returns the steps after this one."""

@@ -91,7 +91,8 @@ class TrainingTelemetry(RunObserver):
             self._emitter.emit(
                 events.NON_FINITE_STEP, step=step.global_step, loss=step.loss, gradient_norm=step.gradient_norm
             )
-        self._metrics.training_skipped_microbatches_total.inc(len(step.left_out))
+        if step.left_out:
+            self._metrics.training_skipped_microbatches_total.inc(len(step.left_out))
         if (step.skipped and not step.rescaled) or step.left_out:
             self._skipped(step)
         if step.parameters_finite is not None:

@@ -179,6 +179,24 @@ def test_a_skipped_step_leaves_buffers_unchanged() -> None:
     assert equal(before, list(module.model.buffers()))
 
 
+def test_loss_and_norm_are_numbers_of_the_gradients_precision() -> None:
+    """Also where the loss has another: the numbers of a step are those that one tensor of all of them would hold."""
+    module = new_module()
+    losses, seen = module.job.losses, list[Tensor]()
+
+    def in_double(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        seen.append(cast("dict[str, Tensor]", losses(model, batch))[HOST].double() / 3)
+        return {HOST: seen[-1]}
+
+    module.job.losses = in_double  # type: ignore[method-assign]
+    step = train_step(module, proceed)
+    assert step is not None
+    gradients = [p.grad for p in module.parameters if p.grad is not None]
+    numbers = torch.stack([seen[0].detach().float(), *torch._foreach_norm(gradients)]).tolist()  # noqa: SLF001 - see step.py
+    assert (step.loss, step.gradient_norm) == (numbers[0], math.hypot(*numbers[1:]))
+    assert step.loss != seen[0].item()
+
+
 def test_parameters_outside_the_optimizer_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a head-only optimizer the body's gradients neither accumulate over steps nor enter the norm."""
     monkeypatch.setattr(

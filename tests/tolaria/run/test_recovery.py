@@ -605,7 +605,7 @@ async def test_only_judged_losses_prove_restore_points(storage: Storage) -> None
     assert parts.points.newest_proven_step == before
     for at in range(80, 140):
         parts.recovery.on_judged(replace(step_done(at), judged=1.0))
-    assert parts.status.newest_proven_step == 11
+    assert parts.points.newest_proven_step == 11
 
 
 async def test_a_resume_mentions_the_checkpoint_it_begins_from(storage: Storage) -> None:

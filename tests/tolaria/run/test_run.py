@@ -49,6 +49,7 @@ async def test_a_run_trains_all_epochs_and_learns() -> None:
     assert [s.current_epoch for s in peers.states] == [1, 2, 3, 4]
     assert [s.global_step for s in peers.states] == [8, 16, 24, 32]
     assert peers.states[-1].training_loss < peers.states[0].training_loss
+    assert run.status.newest_proven_step is not None
     assert run.sample("tolaria.epochs.total") == 4
     assert run.sample("tolaria.training.state", {"state": "finished"}) == 1
     assert run.sample("tolaria.step.duration_seconds_count") == 32

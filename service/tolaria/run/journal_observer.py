@@ -8,9 +8,9 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
-from leyline.v1.enums_pb2 import CommandType
+from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_NOTICE, CommandType
 from tolaria.emergency import Cleared, Covered, EmergencyState, Escalated, Report
-from tolaria.emergency.protocol import CRITICAL_LEVELS, level_name
+from tolaria.emergency.protocol import CRITICAL_LEVELS, TRIGGERS, level_name
 from tolaria.errors import CommandRejectedError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.rows import SCHEDULED, STOPPED_EARLY, CommandRow, EmergencyRow, FaultRow, RunRow
@@ -21,6 +21,7 @@ from tolaria.run.status import RunStatus
 from tolaria.signals import Signal
 
 _OPEN_MAX = 256  # beyond it, what an active level covers is in the log only
+_NOTICES = frozenset(trigger.value for trigger, level in TRIGGERS.items() if level == EMERGENCY_LEVEL_NOTICE)
 _COMMAND_NAMES = {number: name.removeprefix("COMMAND_").lower() for name, number in CommandType.items()}
 
 
@@ -79,6 +80,8 @@ class JournalObserver(RunObserver):
 
     def on_emergency(self, report: Report) -> None:
         match report:
+            case Escalated(state) | Cleared(state) if _is_notice(state) and not self._open:
+                pass  # a late boundary or an absent peer is no incident, and there may be one in every epoch
             case Escalated(state):
                 self._open_row(state)
             case Covered(signal) if signal.level in CRITICAL_LEVELS and len(self._open) < _OPEN_MAX:
@@ -117,3 +120,8 @@ class JournalObserver(RunObserver):
         row = EmergencyRow(*key, self._status.run_id, level, origin, self._status.global_step, reason)
         self._open[signal] = row
         self._journal.note(row)
+
+
+def _is_notice(state: EmergencyState) -> bool:
+    """Whether Tolaria itself has raised the lowest level, for one of the reasons that have it."""
+    return state.level == EMERGENCY_LEVEL_NOTICE and state.reason.partition(":")[0] in _NOTICES

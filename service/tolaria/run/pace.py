@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, median
 from typing import Final
 
 from tolaria.lane.messages import EpochDone, StepDone
@@ -52,25 +52,35 @@ class EpochSums:
 
 @dataclass(slots=True)
 class Pace:
-    """How long recent steps took, and what followed the last ones of epochs: evaluation and boundary. In seconds."""
+    """How long recent steps took, and what followed the last ones of epochs: evaluation, boundary, checkpoint.
+
+    In seconds. The median of the latter counts, so that a pause of an operator's does not.
+    """
 
     _steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=_STEPS))
-    _ends_s: deque[float] = field(default_factory=lambda: deque(maxlen=8))
+    _ends_s: deque[float] = field(default_factory=lambda: deque(maxlen=9))
+    _evaluation_s: float = 0.0
+    """Of the last epoch: what is known before the first step that follows one."""
     _last_s: float = 0.0
+    _over: bool = False
 
     def step(self, step: StepDone) -> None:
         """Counts a step; a skipped one takes time, but brings the end no nearer."""
+        if self._over:
+            self._ends_s.append(max(0.0, step.finished_at_s - step.duration_s - self._last_s))
+        self._over = False
         self._steps_s.append(step.duration_s)
         self._last_s = step.finished_at_s
 
     def epoch(self, epoch: EpochDone) -> None:
-        """Counts the evaluation of an epoch, which followed its last step."""
+        """Counts the evaluation of an epoch, which followed its last step; what else does ends with the next step."""
         if self._last_s:
-            self._ends_s.append(max(0.0, epoch.finished_at_s - self._last_s))
+            self._over = True
+            self._evaluation_s = max(0.0, epoch.finished_at_s - self._last_s)
 
     def remaining_s(self, steps: int, epochs: float) -> float | None:
         """Returns the time that further steps and ends of epochs take; None until some steps are known."""
         if len(self._steps_s) < _STEPS_NEEDED:
             return None
-        ends_s = fmean(self._ends_s) if self._ends_s else 0.0
+        ends_s = median(self._ends_s) if self._ends_s else self._evaluation_s
         return max(0, steps) * fmean(self._steps_s) + max(0.0, epochs) * ends_s

@@ -7,7 +7,13 @@ from dataclasses import asdict, replace
 import pytest
 
 from leyline.v1.commands_pb2 import AdaptationCommand
-from leyline.v1.enums_pb2 import COMMAND_SEED, EMERGENCY_LEVEL_ELEVATED, EMERGENCY_LEVEL_HALT, CommandType
+from leyline.v1.enums_pb2 import (
+    COMMAND_SEED,
+    EMERGENCY_LEVEL_ELEVATED,
+    EMERGENCY_LEVEL_HALT,
+    EMERGENCY_LEVEL_NOTICE,
+    CommandType,
+)
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.admin import MemoryJournal
 from support.checkpointing import epoch_done
@@ -132,6 +138,20 @@ def test_an_escalation_leaves_no_row_open() -> None:
     observed.clear()
     last = {entry.reason: entry.cleared_at_ns for entry in observed.journal.noted if isinstance(entry, EmergencyRow)}
     assert last == {"slow": 7, "smoke": 7}
+
+
+def test_a_late_boundary_is_no_incident() -> None:
+    """On a busy machine there would be one in every epoch; one that an operator raises, or a higher level, is."""
+    observed = ObservedRun()
+    late = EmergencyState(level=EMERGENCY_LEVEL_NOTICE, reason="boundary_breach: over budget", origin="tolaria")
+    for report in (Escalated(late, RESPONSES[EMERGENCY_LEVEL_NOTICE], ""), Cleared(late, Clearer.RECOVERED, "", "")):
+        observed.observer.on_emergency(report)
+    assert observed.journal.noted == []
+    for reason, level in (("look here", EMERGENCY_LEVEL_NOTICE), ("breaker_open: tamiyo", EMERGENCY_LEVEL_ELEVATED)):
+        observed.observer.on_emergency(Escalated(replace(late, reason=reason, level=level), RESPONSES[level], ""))
+    observed.observer.on_emergency(Cleared(late, Clearer.RECOVERED, "", ""))
+    last = {entry.reason: entry.cleared_at_ns for entry in observed.journal.noted if isinstance(entry, EmergencyRow)}
+    assert last == {"look here": 7, "breaker_open: tamiyo": 7}
 
 
 def test_a_halt_adopted_from_the_board_is_the_one_in_the_journal() -> None:

@@ -33,7 +33,7 @@ from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.lane.messages import EpochDone, Restored, StepDone
 from tolaria.run.conditions import Conditions, health_of
-from tolaria.run.pace import EpochSums
+from tolaria.run.pace import EpochSums, Pace
 from tolaria.run.status import RunStatus, epoch_packet, status_message
 from tolaria.values.evaluation import Evaluation
 from tolaria.values.loss_window import Averages
@@ -324,6 +324,20 @@ def test_the_time_that_is_left_follows_from_the_pace(epochs: int, steps: int, le
     assert made.remaining_s == pytest.approx(left_s)
     made.state = RUN_STATE_PAUSED
     assert made.remaining_s is None
+
+
+def test_what_follows_an_epoch_is_part_of_the_time_that_is_left() -> None:
+    """The boundary and a checkpoint too, once a step has followed them; one pause of a run does not count."""
+    pace = Pace()
+    for number in range(1, 5):
+        after_s = 100.0 * number
+        for place in range(10):
+            pace.step(StepDone(10 * number + place, number, 1.0, 0.5, 8, 0.1, 0.0, after_s + 0.1 * place + 0.1))
+        pace.epoch(replace(EPOCH, finished_at_s=after_s + 3.0))
+        if number == 1:
+            assert pace.remaining_s(10, 2) == pytest.approx(10 * 0.1 + 2 * 2.0)
+    pace.step(StepDone(50, 5, 1.0, 0.5, 8, 0.1, 0.0, 5000.1))
+    assert pace.remaining_s(10, 2) == pytest.approx(10 * 0.1 + 2 * 99.0)
 
 
 def test_the_packet_of_an_epoch_without_an_evaluation_knows_no_loss() -> None:

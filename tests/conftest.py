@@ -34,6 +34,23 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+_LONGEST_FIRST: Final = (
+    *("test_lane_process", "test_ranks", "test_serve", "test_peer_chaos", "test_rank_moments", "test_resume"),
+    *("system", "faults", "deploy", "ranks", "trackers", "export", "run", "cli", "lane", "transport"),
+)
+"""Files and directories of tests."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that take longest first: one that begins last would have a core alone."""
+
+    def place(item: pytest.Item) -> int:
+        names = (item.path.stem, *reversed(item.path.parts))
+        return next((_LONGEST_FIRST.index(name) for name in names if name in _LONGEST_FIRST), len(_LONGEST_FIRST))
+
+    items.sort(key=place)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the options for longer tests; the section "Tests" of the README lists them."""
     parser.addoption("--long", action="store_true", help="run the long variants of tests that have one")

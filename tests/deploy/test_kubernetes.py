@@ -480,7 +480,7 @@ def story(pod: Pod) -> Iterator[Story]:
         yield seen
 
 
-@pytest.mark.timeout(400)  # the first test of the story: it takes four starts of the service
+@pytest.mark.timeout(900)  # the first test of the story: it takes four starts of the service
 def test_probes_are_served(story: Story) -> None:
     """The paths of all probes and of the metrics answer 200 while the run trains."""
     assert story.first == {"readiness": 200, "metrics": 200}

@@ -243,7 +243,7 @@ def _play(run: RunningLane, line: Sequence[Any]) -> Any:
         case "epoch":
             number = len(run.all_of(EpochDone)) + 1
             run.send(RunEpoch(number))
-            wait_for(lambda: len(run.all_of(EpochDone)) == number or ended(run), 60)
+            wait_for(lambda: len(run.all_of(EpochDone)) == number or ended(run))
             assert not ended(run), run.events[-1:]
         case "seeds":
             stage = SeedLifecycleStage.Value(arguments[0])
@@ -267,7 +267,7 @@ def _play(run: RunningLane, line: Sequence[Any]) -> Any:
         case "release":
             run.send(Release())
         case "ended":
-            wait_for(lambda: ended(run), 60)
+            wait_for(lambda: ended(run))
         case "begin":
             run.send(RunEpoch(len(run.all_of(EpochDone)) + 1))
             time.sleep(arguments[0])

@@ -66,7 +66,7 @@ def bystanders() -> Iterator[list[int]]:
         other.wait(10)
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_nothing_is_lost(ranks: int, bystanders: list[int], tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The final state is that of the undisturbed run, bit by bit; with --long in a whole demo, else after one death.
@@ -86,7 +86,7 @@ def test_nothing_is_lost(ranks: int, bystanders: list[int], tmp_path: Path, requ
     assert all(Path(f"/proc/{pid}/stat").read_text().split()[2] in "SR" for pid in bystanders)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_ctrl_c_in_the_middle_leaves_no_process(tmp_path: Path) -> None:
     """Also while a rank is stopped, which cannot be asked to end."""
     with demo("--ranks=2", "--epochs=60", cwd=tmp_path) as process:

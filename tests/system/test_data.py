@@ -103,14 +103,14 @@ def run_disturbed(directory: Path, *arguments: str, rank: int = 0) -> tuple[int,
     return last_checkpoint(directory)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_run_that_is_rolled_back_and_killed_ends_in_the_same_state(undisturbed: Undisturbed, tmp_path: Path) -> None:
     """A stream, two validation sets, steps, a skip; SIGKILL of the lane and of the service: the digest is the same."""
     assert run_disturbed(tmp_path) == undisturbed.last
     assert undisturbed.last[0] == STEPS
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_so_does_a_run_of_two_ranks(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Of which the one that does not lead is killed; only with --long, as the test above is its short form."""
     if not request.config.getoption("--long"):
@@ -165,7 +165,7 @@ def resumed_steps(service: Serve) -> list[object]:
     return [line["step"] for line in service.events() if line["event"] == "resumed"]
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(900)
 def test_a_branch_goes_on_as_the_run_did(undisturbed: Undisturbed, tmp_path: Path) -> None:
     """From an earlier checkpoint to the same digest; its origin is shown; the other directory stays as it is."""
     state = undisturbed.directory / "state"

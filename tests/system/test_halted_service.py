@@ -123,7 +123,7 @@ class UnreadService:
         os.close(self._read)
 
 
-@pytest.mark.timeout(300)  # it starts two services
+@pytest.mark.timeout(900)  # it starts two services
 @pytest.mark.skipif(sys.platform != "linux", reason="the size of a pipe can be set on Linux only")
 def test_nothing_that_blocks_the_log_hides_a_halt(tmp_path: Path) -> None:
     """It is on the board, in the journal, in the metrics and in the incidents within its deadline, and after kill -9.

@@ -79,7 +79,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple
         ("gil", "silent", "no heartbeat for"),
     ],
 )
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_death_costs_nothing_but_time(
     how: str, kind: str, words: str, *, peers: list[str], undisturbed: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:

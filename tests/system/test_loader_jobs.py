@@ -16,7 +16,7 @@ from support.latency import QUANTILES, bare_server, sampled
 from support.processes import Serve, is_alive, serve, status, stub_of
 from support.waiting import wait_for
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 JOB = [
     *("training.job=support.user_jobs:Loader", "training.device=cpu", "training.epochs=100000"),
     *("training.options.workers=2", "training.options.item_s=0.05", "training.options.batch=4"),

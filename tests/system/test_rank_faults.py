@@ -34,7 +34,7 @@ def named(service: Serve, event: str) -> list[dict[str, object]]:
     return [line for line in service.events() if line["event"] == event]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_a_rank_that_holds_its_gil_is_found_and_an_operator_can_look_at_all_ranks(
     peers: list[str], tmp_path: Path
 ) -> None:

@@ -110,7 +110,7 @@ def die(
             stub.TriggerRollback(admin.TriggerRollbackRequest(request_id=f"r{number}", reason="odd"), timeout=60)
     wait_for(lambda: not (directory / "order").exists())
     wait_for(lambda: status(stub).state == admin.RUN_STATE_RUNNING and recovered(service) > deaths)
-    wait_for(lambda: status(stub).global_step > step, 60)  # so that no batch is met twice
+    wait_for(lambda: status(stub).global_step > step)  # so that no batch is met twice
 
 
 def points(stub: TolariaAdminServiceStub) -> Sequence[admin.RestorePoint]:

@@ -17,7 +17,7 @@ from torch import nn
 from support.processes import serve
 from support.recipes import JOBS, PAGE, RECIPES, with_table
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture

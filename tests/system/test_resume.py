@@ -175,7 +175,7 @@ def test_a_run_of_version_0_1_0_is_resumed(tmp_path: Path) -> None:
     assert [line["epoch"] for line in service.events() if line["event"] == "epoch_finished"] == [43, 44]
 
 
-@pytest.mark.timeout(400)  # it starts four services
+@pytest.mark.timeout(900)  # it starts four services
 def test_a_cut_after_an_automatic_rollback_outlives_a_kill(tmp_path: Path) -> None:
     """Killed right after the rollback, before another checkpoint: the next process has the cut rate, once.
 

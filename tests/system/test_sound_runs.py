@@ -93,7 +93,7 @@ def test_a_controller_that_hangs_and_then_dies_leaves_slow_training_alone(tmp_pa
 
 def test_a_busy_machine_is_no_emergency(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Two busy loops beside the service: late boundaries lead to conservative mode at most, and training finishes."""
-    epochs = 200 if request.config.getoption("--long") else 20
+    epochs = 200 if request.config.getoption("--long") else 8
     settings = [f"training.job={DIGITS}", "training.options.batch=130", "training.device=cpu"]
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:

@@ -36,7 +36,7 @@ def losses_of(service: Serve) -> list[object]:
     return list(found.values())
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_kill_and_rollbacks_of_both_tiers_change_nothing(tmp_path: Path) -> None:
     """The last checkpoint has the digest of a run without them: of weights, scheduler, average and callbacks."""
     for name in ("undisturbed", "disturbed"):
@@ -61,7 +61,7 @@ def test_a_kill_and_rollbacks_of_both_tiers_change_nothing(tmp_path: Path) -> No
     assert "ema/loss" in json.dumps(expected)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_run_is_stopped_early_and_resumed_with_more_patience(tmp_path: Path) -> None:
     """It has finished, for a reason that its state and its journal have; the same settings leave it so, and say why."""
     given = [

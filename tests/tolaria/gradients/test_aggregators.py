@@ -114,7 +114,7 @@ def test_parts_of_rows_are_merged_as_whole_ones(name: str, mode: GradientMode) -
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_ranks_merge_as_one_does(parallel: str, request: pytest.FixtureRequest) -> None:
     """In real groups, with --long; the test above is its short form."""
     if not request.config.getoption("--long"):

@@ -9,7 +9,7 @@ import pytest
 
 from support.rank_run import run_on_ranks
 
-pytestmark = pytest.mark.timeout(600)  # of a busy machine
+pytestmark = pytest.mark.timeout(900)  # of a busy machine
 
 TRAIN: Final = "support.rank_scenarios:train"
 EPOCHS: Final = [["epoch"]] * 4

@@ -8,7 +8,7 @@ import pytest
 
 from support.rank_run import run_on_ranks
 
-pytestmark = pytest.mark.timeout(600)  # of a busy machine
+pytestmark = pytest.mark.timeout(900)  # of a busy machine
 
 TRAIN: Final = "support.rank_scenarios:train_with_seed"
 TRAINS: Final = [["epoch"], ["seeds", "SEED_STAGE_TRAINING"], ["epoch"], ["seeds", "SEED_STAGE_TRAINING"], ["epoch"]]

@@ -41,14 +41,18 @@ _LONGEST_FIRST: Final = (
 """Files and directories of tests."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the files that take longest first: one that begins last would have a core alone."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Puts the files that take longest first: one that begins last would have a core alone. Skips the marked `long`."""
 
     def place(item: pytest.Item) -> int:
         names = (item.path.stem, *reversed(item.path.parts))
         return next((_LONGEST_FIRST.index(name) for name in names if name in _LONGEST_FIRST), len(_LONGEST_FIRST))
 
     items.sort(key=place)
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="a long variant of other tests: needs --long"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -67,7 +67,7 @@ def bystanders() -> Iterator[list[int]]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_nothing_is_lost(ranks: int, bystanders: list[int], tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The final state is that of the undisturbed run, bit by bit; with --long in a whole demo, else after one death.
 
@@ -86,6 +86,7 @@ def test_nothing_is_lost(ranks: int, bystanders: list[int], tmp_path: Path, requ
     assert all(Path(f"/proc/{pid}/stat").read_text().split()[2] in "SR" for pid in bystanders)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_ctrl_c_in_the_middle_leaves_no_process(tmp_path: Path) -> None:
     """Also while a rank is stopped, which cannot be asked to end."""

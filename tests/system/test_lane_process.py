@@ -74,8 +74,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple
     [
         ("segv", "crashed", "SIGSEGV"),
         ("exit", "exited", "ended with code 3"),
-        ("raise", "raised", "OSError: the file server does not answer"),
-        ("hang", "silent", "no heartbeat for"),
+        pytest.param("raise", "raised", "OSError: the file server does not answer", marks=pytest.mark.long),
+        pytest.param("hang", "silent", "no heartbeat for", marks=pytest.mark.long),
         ("gil", "silent", "no heartbeat for"),
     ],
 )
@@ -160,6 +160,7 @@ def test_an_exception_that_comes_again_and_again_fails_the_run(peers: list[str],
     assert len(losses(service)) == 2
 
 
+@pytest.mark.long
 def test_a_lane_that_dies_again_and_again_fails_the_run(peers: list[str], tmp_path: Path) -> None:
     """Beyond lane.restarts_max; the reason names the number of deaths and the last cause."""
     arguments = [*JOB, *peers, "training.options.at=3", "training.options.how=exit", "training.options.always=true"]
@@ -277,7 +278,7 @@ def workers_of(lane: int) -> list[int]:
     return [pid for pid in map(int, children) if is_alive(pid)]
 
 
-@pytest.mark.parametrize("how", ["stop", "drain"])
+@pytest.mark.parametrize("how", [pytest.param("stop", marks=pytest.mark.long), "drain"])
 def test_a_run_can_be_ended_while_its_lane_is_being_started_again(how: str, tmp_path: Path) -> None:
     """It is stopped, or drained, and not failed, after a last checkpoint of the state that is restored."""
     with serve(*ENDLESS, "service.exit_when_done=true", cwd=tmp_path) as service, stub_of(service) as stub:
@@ -359,7 +360,7 @@ def test_many_deaths_at_random_times_change_nothing(
 
     Nothing accumulates in the service: descriptors, threads, shared memory. With --long there are 100 deaths.
     """
-    deaths = 100 if request.config.getoption("--long") else 6
+    deaths = 100 if request.config.getoption("--long") else 4
     rng = random.Random(11)
     slow = ["training.options.step_s=0.004", "rollback.every_steps=7", "checkpoint.every_steps=45"]
     length = f"training.epochs={max(12, deaths)}"  # so long that the run does not end before the last death

@@ -148,17 +148,19 @@ def test_random_deaths_change_nothing(
 
 
 @pytest.mark.timeout(900)
-def test_deaths_cost_nothing_but_time(peers: list[str], undisturbed: tuple[int, str], tmp_path: Path) -> None:
+def test_deaths_cost_nothing_but_time(
+    request: pytest.FixtureRequest, peers: list[str], undisturbed: tuple[int, str], tmp_path: Path
+) -> None:
     """The group starts again, restores on every rank, and the run ends bit-equal to one without a death.
 
-    Of each rank, which one and how is said, and of the agent. No process is left, nor a program that the job started.
+    Of each rank, which one and how is said, and of the agent; without --long of rank 0 and the agent. No process is left, nor a program that the job started.
     """
     limits = ["emergency.heartbeat_timeout_s=3", "emergency.phase_timeout_s=8", "training.options.step_s=0.02"]
     arguments = [*GROUP, *FINITE, *peers, *limits, "service.exit_when_done=true", "rollback.every_steps=3"]
     arguments.append("training.options.starts=true")
-    ended = list[int]()
+    ended, deaths = list[int](), DEATHS if request.config.getoption("--long") else DEATHS[1::2]
     with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
-        for number, (who, how, _, _) in enumerate(DEATHS):
+        for number, (who, how, _, _) in enumerate(deaths):
             wait_for(lambda n=number: status(stub).global_step > 15 + 30 * n)  # type: ignore[misc]
             ranks, agent = ranks_of(agent_of(service)), agent_of(service)
             started = [pid for rank in ranks.values() for pid in programs_of(rank)]
@@ -169,8 +171,8 @@ def test_deaths_cost_nothing_but_time(peers: list[str], undisturbed: tuple[int, 
         assert service.wait() == 0
         wait_for(lambda: not any(map(is_alive, ended)))
     lost = named(service, "tolaria.lane_lost")
-    assert [line["cause"] for line in lost] == [kind for _, _, kind, _ in DEATHS]
-    for line, (_, _, _, words) in zip(lost, DEATHS, strict=True):
+    assert [line["cause"] for line in lost] == [kind for _, _, kind, _ in deaths]
+    for line, (_, _, _, words) in zip(lost, deaths, strict=True):
         assert words in str(line["detail"])
     assert last_checkpoint(tmp_path) == undisturbed
 

@@ -176,16 +176,16 @@ def test_a_run_of_version_0_1_0_is_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)  # it starts four services
-def test_a_cut_after_an_automatic_rollback_outlives_a_kill(tmp_path: Path) -> None:
+def test_a_cut_after_an_automatic_rollback_outlives_a_kill(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Killed right after the rollback, before another checkpoint: the next process has the cut rate, once.
 
-    It also knows the attempt and the rollbacks. A second explosion cuts to a quarter, which a kill keeps too.
+    It also knows the attempt and the rollbacks. With --long, a second explosion cuts to a quarter, which a kill keeps too.
     """
     arguments = ["training.job=support.user_jobs:Line", "training.epochs=100000000", "training.device=cpu"]
     arguments += ["training.options.lr=0.001", "training.options.samples=800000", "training.options.step_s=0.001"]
     arguments += ["rollback.fast_budget_s=20", "rollback.full_budget_s=60", "rollback.lr_cut_steps=1000000"]
     arguments += ["rollback.every_steps=5", "rollback.snapshots_max=50"]  # the second rollback finds an older point
-    for number, cut in ((1, 0.5), (2, 0.25)):
+    for number, cut in ((1, 0.5), (2, 0.25)) if request.config.getoption("--long") else ((1, 0.5),):
         with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
             train_on(stub)
             if number == 1:  # the rollback goes to a later step than this one

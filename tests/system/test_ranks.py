@@ -153,7 +153,8 @@ def test_deaths_cost_nothing_but_time(
 ) -> None:
     """The group starts again, restores on every rank, and the run ends bit-equal to one without a death.
 
-    Of each rank, which one and how is said, and of the agent; without --long of rank 0 and the agent. No process is left, nor a program that the job started.
+    Of each rank, which one and how is said, and of the agent; without --long of rank 0 and the agent. No process is
+    left, nor a program that the job started.
     """
     limits = ["emergency.heartbeat_timeout_s=3", "emergency.phase_timeout_s=8", "training.options.step_s=0.02"]
     arguments = [*GROUP, *FINITE, *peers, *limits, "service.exit_when_done=true", "rollback.every_steps=3"]

@@ -179,7 +179,8 @@ def test_a_run_of_version_0_1_0_is_resumed(tmp_path: Path) -> None:
 def test_a_cut_after_an_automatic_rollback_outlives_a_kill(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Killed right after the rollback, before another checkpoint: the next process has the cut rate, once.
 
-    It also knows the attempt and the rollbacks. With --long, a second explosion cuts to a quarter, which a kill keeps too.
+    It also knows the attempt and the rollbacks. With --long, a second explosion cuts to a quarter,
+    which a kill keeps too.
     """
     arguments = ["training.job=support.user_jobs:Line", "training.epochs=100000000", "training.device=cpu"]
     arguments += ["training.options.lr=0.001", "training.options.samples=800000", "training.options.step_s=0.001"]

@@ -37,7 +37,9 @@ def backup(
     ] = None,
     into: Annotated[
         Path | None,
-        typer.Option("--into", metavar="DIR", help="Instead: a directory for backups that are named by their time."),
+        typer.Option(
+            "--into", metavar="DIR", help="Instead: a directory for backups of this state, named by their time."
+        ),
     ] = None,
     keep: Annotated[
         int, typer.Option("--keep", min=0, help="With --into: remove all but the newest N. 0: keep all.")
@@ -66,6 +68,7 @@ def backup(
     took_s = round(time.monotonic() - started_s, 3)
     if as_json:
         answer = {"path": str(made.path), "took_s": took_s, "removed": made.removed, "unusable": made.damaged}
+        answer |= {"unremoved": made.unremoved}
         typer.echo(json.dumps({**answer, **backup_summary(made.manifest)}, indent=2))
         return
     typer.echo(f"{made.path}: {_contents(made.manifest)}; read back and verified in {took_s:.1f} s")
@@ -73,6 +76,8 @@ def backup(
         typer.echo(f"  removed: {', '.join(made.removed)}")
     for name in made.damaged:
         typer.echo(f"  {name} cannot be restored; it stays, and is not counted", err=True)
+    for sentence in made.unremoved:
+        typer.echo(f"  {sentence}", err=True)
     _report_gaps(made.manifest)
 
 
@@ -87,7 +92,7 @@ def _made(directory: Path, place: Path, keep: int | None, *, without_damaged: bo
                 directory, place, keep, without_damaged=without_damaged, on_checkpoint=_show_progress
             )
         manifest = make_backup(directory, place, without_damaged=without_damaged, on_checkpoint=_show_progress)
-    return Rotated(place, manifest, (), ())
+    return Rotated(place, manifest)
 
 
 def restore_backup(

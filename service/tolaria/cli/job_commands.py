@@ -61,7 +61,7 @@ def new_job(
     if path.suffix != ".py" or not path.stem.isidentifier() or keyword.iskeyword(path.stem):
         raise typer.BadParameter(f"{path.name} cannot be imported: name it with letters, digits and _, ending in .py")
     if _is_installed(path.stem):
-        raise typer.BadParameter(f"{path.name} would stand for the installed module {path.stem}: give it another name")
+        raise typer.BadParameter(f"{path.name} would hide the installed module {path.stem}: give it another name")
     text = files("tolaria.cli").joinpath("templates", f"{kind}.py.txt").read_text(encoding="utf-8")
     try:
         with path.open("x", encoding="utf-8") as file:

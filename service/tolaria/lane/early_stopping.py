@@ -60,9 +60,10 @@ class EarlyStopping:
         return f"stopped early: {settings.metric} {best}, and not better in the {self._since} evaluations since"
 
     def missing(self, figures: Mapping[str, float]) -> dict[str, str]:
-        """Returns the metric that an evaluation lacks, by the name of the setting; nothing if it has the metric."""
-        metric = self._settings.metric
-        return {SETTING: metric} if metric and metric not in figures else {}
+        """Returns the metric that an evaluation lacks, by the name of the setting; nothing if it has ever occurred."""
+        settings = self._settings
+        occurred = self._metric == settings.judged_by and bool(self._best_step or self._since)
+        return {SETTING: settings.metric} if settings.metric and settings.metric not in figures and not occurred else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the best value and what has followed it."""

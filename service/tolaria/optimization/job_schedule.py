@@ -128,8 +128,10 @@ class JobSchedule:
                 self._called(scheduler.step, figures[self.monitor])
 
     def missing(self, figures: Mapping[str, float]) -> dict[str, str]:
-        """Returns the monitored figure that an evaluation lacks, by what names it; nothing if it has the figure."""
-        return {f"{METHOD}: monitor": self.monitor} if self.monitor and self.monitor not in figures else {}
+        """Returns the monitored figure that an evaluation lacks, by what names it; nothing if it has ever occurred."""
+        occurred = any(each.last_epoch > 0 for each in self._schedulers if isinstance(each, ReduceLROnPlateau))
+        missing = self.monitor and self.monitor not in figures and not occurred
+        return {f"{METHOD}: monitor": self.monitor} if missing else {}
 
     def take_options(self) -> Iterator[tuple[str, str, Any]]:
         """Yields the options that schedulers have set since the last call, as group, option and value."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tolaria.checkpoint.archive import open_backup, open_writer
-from tolaria.checkpoint.rotation import make_rotated_backup
+from tolaria.checkpoint.rotation import OWNER, make_rotated_backup
 from tolaria.errors import BackupError, StateRefusedError
 
 T0 = 1_800_000_000.0  # 2027-01-15 08:00:00 UTC
@@ -26,8 +26,8 @@ def at(second: int) -> Callable[[], float]:
 
 
 def names(folder: Path) -> list[str]:
-    """What is there."""
-    return sorted(path.name for path in folder.iterdir())
+    """What is there, beside the note of whose backups they are."""
+    return sorted(path.name for path in folder.iterdir() if path.name != OWNER)
 
 
 def test_the_newest_backups_stay_and_each_is_whole(old_state: Path, folder: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_backup_that_cannot_be_made_removes_nothing(old_state: Path, folder: P
     with pytest.raises(BackupError):
         make_rotated_backup(old_state, folder, 1, clock=lambda: T0 + 1)
     assert names(folder) == [FIRST]
-    with pytest.raises(StateRefusedError, match="--into"):
+    with pytest.raises(StateRefusedError, match="no directory"):
         make_rotated_backup(old_state, folder / "none", 1)
 
 
@@ -102,3 +102,27 @@ def test_a_backup_that_is_removed_loses_its_name_first(
     assert names(folder) == [f"{FIRST}.partial", SECOND]
     make_rotated_backup(old_state, folder, 1, clock=lambda: T0 + 2)
     assert names(folder) == [THIRD]
+
+
+def test_the_backups_of_another_state_are_left_alone(old_state: Path, folder: Path) -> None:
+    """Two services with one folder would remove each other's last backups."""
+    make_rotated_backup(old_state, folder, 1, clock=at(0))
+    assert (folder / OWNER).read_text().strip()
+    (folder / OWNER).write_text("another\n")
+    with pytest.raises(StateRefusedError, match="another state directory, whose first run is another"):
+        make_rotated_backup(old_state, folder, 1, clock=at(1))
+    assert names(folder) == [FIRST]
+
+
+def test_a_backup_that_cannot_be_removed_is_named(
+    old_state: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the reason: nightly backups would fill the disk unnoticed."""
+    make_rotated_backup(old_state, folder, 1, clock=at(0))
+
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("shutil.rmtree", refused)
+    done = make_rotated_backup(old_state, folder, 1, clock=at(1))
+    assert (done.removed, done.unremoved) == ((), (f"{FIRST} cannot be removed: Permission denied",))

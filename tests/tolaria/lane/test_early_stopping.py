@@ -125,3 +125,15 @@ def test_a_run_that_was_stopped_stays_so_until_there_is_more_patience(fields: di
             restored = later.resume(image)
     assert restored.state_digest == restored.expected_digest
     assert bool(later.ready.progress.stop) is stops
+
+
+def test_a_metric_that_has_occurred_in_an_earlier_process_is_not_missing() -> None:
+    """Some jobs compute it every few epochs; the state knows the best one, unless the settings name another now."""
+    before, after = EarlyStopping(stopping()), EarlyStopping(stopping())
+    assert before.missing({"loss": 1.0}) == {"early_stopping.metric": "score"}
+    before.evaluated({"loss": 1.0, "score": 0.5}, 3)
+    after.load_state_dict(before.state_dict())
+    assert after.missing({"loss": 1.0}) == {}
+    other = EarlyStopping(stopping(metric="f1"))
+    other.load_state_dict(before.state_dict())
+    assert other.missing({"loss": 1.0}) == {"early_stopping.metric": "f1"}

@@ -15,9 +15,12 @@ import structlog
 import torch
 from anyio._backends._asyncio import TestRunner
 from blockbuster import BlockBuster, blockbuster_ctx
+from hypothesis import HealthCheck, settings
 from structlog.typing import EventDict
 
 torch.set_num_threads(1)
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")  # how fast an example is depends on what else the machine does
 
 _BUSY_LOOP: Final = """
 import os

@@ -138,4 +138,4 @@ class ControllerAgainstModel(RuleBasedStateMachine):
 
 
 TestControllerAgainstModel = ControllerAgainstModel.TestCase
-TestControllerAgainstModel.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestControllerAgainstModel.settings = settings(max_examples=60, stateful_step_count=40)

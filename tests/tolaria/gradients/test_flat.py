@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tolaria.errors import GradientMismatchError, NoGradientsError
@@ -13,7 +13,6 @@ SHAPES = st.lists(st.lists(st.integers(0, 3), max_size=3).map(tuple), min_size=1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(deadline=None)  # time is for benchmarks
 @given(shapes=SHAPES)
 def test_a_round_trip_gives_the_same_tensors(dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> None:
     """Values, shapes (scalars included), dtype and device are kept."""

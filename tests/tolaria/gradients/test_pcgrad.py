@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tolaria.errors import GradientMismatchError, NoGradientsError
@@ -78,7 +78,6 @@ def test_a_single_row_is_returned_unchanged(dtype: torch.dtype) -> None:
         assert (merged.conflicts, merged.grad_conflict_rate, merged.pair_conflict_rate) == (0, 0.0, 0.0)
 
 
-@settings(deadline=None)  # time is for benchmarks
 @given(row=st.lists(st.integers(-100, 100), min_size=1, max_size=6))
 def test_two_opposite_rows_give_zero(row: list[int]) -> None:
     """Exactly opposite rows cancel."""
@@ -86,7 +85,6 @@ def test_two_opposite_rows_give_zero(row: list[int]) -> None:
     assert not combine_flat_grads([tensor, -tensor]).vector.any()
 
 
-@settings(deadline=None)  # time is for benchmarks
 @given(matrix=matrices(), seed=st.integers(0, 2**32), weighted=st.booleans())
 def test_agrees_with_the_pairwise_loop(matrix: Tensor, seed: int, weighted: bool) -> None:
     """The result in Gram space equals that of projecting vector by vector in the same order."""
@@ -111,7 +109,6 @@ def test_long_rows_agree_with_float64(dtype: torch.dtype, as_list: bool) -> None
     assert error < TOLERANCE[dtype]
 
 
-@settings(deadline=None)  # time is for benchmarks
 @given(matrix=matrices(min_rows=2, max_rows=2))
 def test_the_merge_of_two_rows_opposes_neither(matrix: Tensor) -> None:
     """The merged gradient has no negative dot product with either row."""
@@ -120,7 +117,6 @@ def test_the_merge_of_two_rows_opposes_neither(matrix: Tensor) -> None:
     assert ((matrix @ vector) >= -1e-6 * norms * norms.sum()).all()
 
 
-@settings(deadline=None)  # time is for benchmarks
 @given(matrix=matrices(min_rows=2), scales=st.lists(st.floats(1e-15, 1e15), min_size=6, max_size=6))
 def test_scale_does_not_change_which_pairs_conflict(matrix: Tensor, scales: list[float]) -> None:
     """Rows times positive factors conflict as before, right angles included."""
@@ -143,7 +139,6 @@ def test_extreme_scales_stay_finite_and_right(exponents: tuple[int, int], numel:
     torch.testing.assert_close(merged.vector.double(), expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
 
 
-@settings(deadline=None)  # time is for benchmarks
 @given(matrix=matrices(scales=True))
 def test_result_is_finite(matrix: Tensor) -> None:
     """Zero rows, dependent rows and scales from 1e-15 to 1e15 give finite results."""
@@ -180,7 +175,6 @@ def test_conflict_rates_have_their_formulas() -> None:
     assert (merged.conflicts, merged.grad_conflict_rate, merged.pair_conflict_rate) == (3, 1.5, 1.0)
 
 
-@settings(deadline=None)  # time is for benchmarks
 @given(matrix=matrices(min_rows=2))
 def test_inputs_and_the_global_rng_are_unchanged(matrix: Tensor) -> None:
     """No row is modified, and the global RNG is not used."""
@@ -217,7 +211,6 @@ def test_projection_is_against_the_original_row() -> None:
     torch.testing.assert_close(merged.vector.double(), reference(list(rows), order), atol=1e-6, rtol=0)
 
 
-@settings(deadline=None)  # time is for benchmarks
 @given(matrix=matrices(min_rows=2))
 def test_without_pcgrad_rows_are_summed_or_averaged(matrix: Tensor) -> None:
     """Nothing is projected, and no conflicts are counted."""

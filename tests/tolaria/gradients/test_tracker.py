@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -315,7 +315,6 @@ def merged_with(weights: list[float], matrix: torch.Tensor, shares: list[float] 
     return merge.merge(StepRows(tuple(names), matrix.clone(), (1,) * len(names), 1, {}), 4, given, {})[0].vector
 
 
-@settings(deadline=None)  # time is for benchmarks
 @given(
     weights=st.lists(st.floats(0.001, 1), min_size=2, max_size=2),
     shares=st.lists(st.floats(0, 1), min_size=2, max_size=2),
@@ -328,7 +327,6 @@ def test_rows_without_conflict_add_up_by_weight(weights: list[float], shares: li
     torch.testing.assert_close(merged_with([1.0, weights[0]], rows[:2]), rows[0] + weights[0] * rows[1])
 
 
-@settings(deadline=None)  # time is for benchmarks
 @given(numbers=st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4))
 def test_rows_of_full_weight_are_the_sum(numbers: list[float]) -> None:
     """Equal rows of weight 1 give exactly their number times the row, and the host alone gives its row bit for bit."""

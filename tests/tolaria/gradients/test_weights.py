@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from leyline.v1 import enums_pb2
@@ -140,7 +140,6 @@ def test_without_a_host_nothing_is_shared() -> None:
     assert TeacherAttributionMixer.teacher_shares(["s"], torch.ones(1), [0.0]).tolist() == [0.0]
 
 
-@settings(deadline=None)  # time is for benchmarks
 @given(first=st.floats(0, 0.5), second=st.floats(0, 0.5), weight=st.floats(0, 1))
 def test_mixing_keeps_the_weighted_sum(first: float, second: float, weight: float) -> None:
     """Attribution does not change the weighted sum of all rows; of full weight, not the sum either."""
@@ -175,7 +174,6 @@ BAD_WEIGHTS = [
 ]
 
 
-@settings(deadline=None)  # time is for benchmarks
 @given(
     shape=st.lists(st.integers(1, 3), max_size=4).map(tuple),
     weights=st.lists(st.floats(0, 1e6), min_size=1, max_size=5).filter(lambda weights: sum(weights) > 1e-3),

@@ -67,7 +67,7 @@ def test_the_order_depends_on_seed_and_epoch_alone(make: Callable[..., BatchCurs
 
 @BOTH
 @given(taken=st.integers(0, 5), epoch=st.integers(1, 3))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_saved_position_is_restored(make: Callable[..., BatchCursor], taken: int, epoch: int) -> None:
     """A cursor that loads another's state continues with the same batches."""
     cursor = make()

@@ -93,7 +93,7 @@ for plain, strategy in (
     st.register_type_strategy(plain, strategy)
 
 ANY_MESSAGE = st.one_of(*(st.from_type(kind) for kind in MESSAGES))
-FEW = settings(max_examples=30, deadline=None)
+FEW = settings(max_examples=30)
 
 
 def assert_survives(message: Any) -> None:

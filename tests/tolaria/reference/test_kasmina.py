@@ -397,7 +397,7 @@ def quick_lifecycle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick_lifecycle")
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(_moves, max_size=60), st.data())
 def test_any_sequence_follows_the_transition_table(
     moves: list[AdaptationCommand | list[SeedState] | int], data: st.DataObject

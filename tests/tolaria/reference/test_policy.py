@@ -290,7 +290,7 @@ _any_seeds = st.lists(st.builds(seed, st.sampled_from("abc"), _any_stage, st.int
 _any_state = st.builds(epoch_state, st.integers(0, 20), _any_float, _any_float, accuracy=_any_float, seeds=_any_seeds)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(_any_state, max_size=25))
 def test_any_states_are_accepted(states: list[SystemStatePacket]) -> None:
     """States in any order with any numbers raise nothing; the steps of the records increase."""

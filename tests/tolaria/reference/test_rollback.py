@@ -123,7 +123,7 @@ def test_rollbacks_are_remembered_within_bounds(number: int, phase: Phase) -> No
     assert participant.answer("commit", f"r{number}", 1) == (False, f"commit does not fit: {phase}")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from(CALLS), st.sampled_from("abc")), max_size=30))
 def test_any_order_of_calls(calls: list[tuple[Call, str]]) -> None:
     """In any order of calls of several rollbacks, an accepted call gets the same answer ever after."""

@@ -528,7 +528,7 @@ METHODS = [method.name for method in SERVICE.methods if not method.server_stream
 
 
 @given(calls=st.lists(st.tuples(st.sampled_from(METHODS), st.binary(max_size=40)), max_size=20))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_arbitrary_bytes_never_crash_the_server(calls: list[tuple[str, bytes]]) -> None:
     """For every method the answer is a response or an error of the caller."""
     crashes = []

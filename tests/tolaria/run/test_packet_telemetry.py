@@ -157,14 +157,15 @@ async def test_a_boundary_over_budget_has_failed() -> None:
 
 async def test_a_rollback_belongs_to_the_trace_of_its_request() -> None:
     """An operator's request may come with a trace; the epoch that was left has failed."""
-    run = new_run(FakePeers(), epochs=10**6)
+    run = new_run(FakePeers(), epochs=10**6, options={"samples": 2000})  # so that the pause is within an epoch
     caller = SpanContext("a" * 32, "b" * 16)
     async with receiving(run) as received:
-        await run.until(lambda: len(received.epochs) > 0)
+        await run.until(lambda: run.status.global_step > 0)
+        await run.run.pause("look")
         with within(caller):
             await run.run.roll_back(Rollback(ROLLBACK_TIER_FAST, None, "practice", OPERATOR))
-        count = len(received.epochs)
-        await run.until(lambda: len(received.epochs) > count)
+        await run.run.resume("seen")
+        await run.until(lambda: len(received.epochs) > 0)
         await run.run.stop("enough")
     rollback = received.span("tolaria.rollback")
     assert (rollback.attributes["trace_id"], rollback.parent_span_id) == (caller.trace_id, caller.span_id)

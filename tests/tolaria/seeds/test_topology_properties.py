@@ -13,9 +13,7 @@ from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from tolaria.seeds import SeedTopology, parameters_by_owner
 
 BLUEPRINTS = ["residual_mlp", "bottleneck_adapter", "depthwise_conv_adapter", "lora", "absent", "unknown", ""]
-LENIENT = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+LENIENT = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 IDS = st.sampled_from(["a", "b", "c"])
 STAGES = st.sampled_from([0, 2, 2, 3, 3, 4, 4, 5, 6, 7, 8, 9, 11])
 

@@ -203,7 +203,7 @@ def test_opening_and_closing_leaves_no_descriptor(path: Path) -> None:
     assert open_descriptors() == before
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=6000), magic=st.booleans())
 def test_arbitrary_files_are_refused(tmp_path: Path, content: bytes, magic: bool) -> None:
     """Any bytes under the name give a typed refusal."""

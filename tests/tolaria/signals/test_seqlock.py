@@ -66,7 +66,7 @@ def test_a_block_written_during_every_try_is_torn(
     assert (state.condition, state.record) == (BlockCondition.TORN, None)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(BLOCKS_AT, BOARD_SIZE - 1), noise=st.binary(min_size=1, max_size=2000))
 def test_arbitrary_bytes_never_crash_a_reader(board: SignalBoard, file: BoardBytes, at: int, noise: bytes) -> None:
     """Noise over any blocks is read as intact, torn or damaged, and a claim repairs each block."""

@@ -408,4 +408,4 @@ class AnySequence(RuleBasedStateMachine):
 
 
 TestAnySequence = AnySequence.TestCase
-TestAnySequence.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+TestAnySequence.settings = settings(max_examples=50, stateful_step_count=40)

@@ -79,7 +79,7 @@ def test_a_curve_of_epochs_keeps_each_until_there_are_too_many() -> None:
     st.lists(st.tuples(st.sampled_from(["add", "add", "add", "rewind", "send"]), st.integers(1, 40)), max_size=200),
     st.integers(2, 12),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_viewer_that_applies_changes_has_the_points_of_the_curve(
     actions: list[tuple[str, int]], points_max: int
 ) -> None:

@@ -155,7 +155,7 @@ def test_a_new_regime_is_judged_by_its_own_losses() -> None:
     assert alarms(made, [5100.0, 5100.0]) == ["", "certain"]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(losses=st.lists(st.floats(-1e300, 1e300), max_size=200), more=st.lists(st.floats(-1e9, 1e9), max_size=60))
 def test_a_saved_window_continues_as_the_same(losses: list[float], more: list[float]) -> None:
     """Also through JSON: verdicts, averages and the state of both are equal from then on."""
@@ -190,7 +190,7 @@ def test_another_size_takes_effect_with_the_next_loss() -> None:
     assert len(str(small.state_dict()["window"])) < len(str(window().state_dict()["window"]))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6))
 def test_heavy_tails_do_not_raise_an_alarm(seed: int) -> None:
     """Losses of a converged run with small batches, log-normal over three decades, and rare ones far above."""

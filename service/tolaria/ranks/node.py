@@ -43,7 +43,6 @@ from tolaria.ranks.admission import (
     Ready,
     Refused,
     RunOver,
-    SendReplica,
     StartRanks,
     StopRanks,
 )
@@ -213,7 +212,7 @@ class _Session:
                     if (piece := piece_of(content)) is None:
                         over = await self._obey(admission.for_machine(content), tasks)
                     else:
-                        await self._replicas.take(piece)
+                        self._replicas.take(piece, tasks)
                     self._heard_s = time.monotonic()
                 tasks.cancel_scope.cancel()
         except* ChannelError as group:
@@ -243,12 +242,10 @@ class _Session:
             case RunOver():
                 await self._stop_ranks()
                 return message
-            case SendReplica():
-                tasks.start_soon(self._replicas.send, message.digest)
             case Alive():
                 pass
             case _:
-                if not await self._replicas.obey(message):
+                if not self._replicas.obey(message, tasks):
                     raise ChannelError(f"the service sent {message.kind}")
         return None
 

@@ -27,6 +27,7 @@ from tolaria.ranks.admission import (
     ReplicaReady,
     ReplicasHeld,
     ReplicaStored,
+    SendReplica,
     StoreReplica,
 )
 from tolaria.ranks.replicas import (
@@ -34,10 +35,12 @@ from tolaria.ranks.replicas import (
     PIECE_BYTES,
     FoundReplica,
     LiveSnapshots,
+    Piece,
     ReplicaPoint,
     piece_of,
 )
 from tolaria.segments import Segment, share
+from tolaria.transport import replica_exchange
 from tolaria.transport.replica_exchange import ReplicaExchange
 from tolaria.transport.replicas import ReplicaKeeper, find_replica
 
@@ -352,6 +355,8 @@ class Answering:
     kept: list[tuple[int, ...]] = field(default_factory=list)
     sent: list[tuple[float, int]] = field(default_factory=list)
     now_s: float = 0.0
+    begun: int = 0
+    ended: int = 0
 
     def __post_init__(self) -> None:
         self.exchange = ReplicaExchange(self._hear, lambda: self.now_s)
@@ -359,6 +364,11 @@ class Answering:
         self._missing = 0
 
     async def _hear(self, content: bytes) -> None:
+        self.begun += 1
+        await self._take(content)
+        self.ended += 1
+
+    async def _take(self, content: bytes) -> None:
         piece = piece_of(content)
         if piece is None:
             await self._answer(admission.for_machine(content))
@@ -382,7 +392,7 @@ class Answering:
             case KeepReplicas():
                 self.kept.append(tuple(point.global_step for point in message.points))
             case _:
-                raise AssertionError(message.kind)
+                assert isinstance(message, SendReplica)
 
     async def store(self, mb_per_s: float = 100.0) -> bool:
         """Sends it a replica."""
@@ -442,11 +452,12 @@ async def test_a_replica_that_is_sent_gives_way_to_one_that_is_fetched() -> None
 
 
 async def test_a_request_that_was_cut_short_ends_nothing_else() -> None:
-    """What answers it later does not answer the next one."""
-    machine = Answering()
+    """What answers it later does not answer the next one. A frame is sent as a whole: the other side counts them."""
+    machine = Answering(late_s=0.5)
     with anyio.move_on_after(0.2) as waiting:
-        await machine.store(0.1)
+        await machine.store()
     assert waiting.cancelled_caught
+    assert machine.begun == machine.ended == 3
     assert await machine.exchange.offers("run") == ()
     assert await machine.store()
 
@@ -461,3 +472,33 @@ async def test_a_machine_is_asked_to_keep_what_it_is_to_keep_before_more_comes()
     for _ in range(2):
         await machine.exchange.keep([machine.point])
     assert machine.kept == [(7,), (7,)]
+
+
+async def test_a_replica_without_room_for_it_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its size is known before; so nothing waits for memory when it comes."""
+    machine = Answering()
+    monkeypatch.setattr("tolaria.ranks.replicas.memory_left", lambda: 10**6)
+    with pytest.raises(MemoryError):
+        await machine.exchange.fetch(replace(machine.point, size_bytes=300_000))
+    assert machine.begun == 0
+
+
+async def test_a_replica_that_arrives_too_slowly_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though each of its pieces comes in time; the machine can be asked again."""
+    machine, size_bytes = Answering(), 300_000
+    monkeypatch.setattr(replica_exchange, "_ANSWER_S", 0.3)
+    monkeypatch.setattr(replica_exchange, "_FETCHED_MB_PER_S", 1e6)
+
+    async def trickle() -> None:
+        await until(lambda: machine.begun)
+        await machine.exchange.take_in(ReplicaFollows(1, size_bytes))
+        while True:
+            await machine.exchange.take_in(Piece(1, b"x"))
+            await anyio.sleep(0.01)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(trickle)
+        with pytest.raises(ChannelError, match="has not arrived within"):
+            await machine.exchange.fetch(replace(machine.point, size_bytes=size_bytes))
+        tasks.cancel_scope.cancel()
+    assert await machine.exchange.offers("run") == ()

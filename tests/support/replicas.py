@@ -52,12 +52,16 @@ def arrived(segment: Segment, announced: ReplicaPoint) -> IncomingReplica:
 
 @dataclass
 class Holder:
-    """A machine that has joined, with its replicas; `spoil` may change a frame that it sends."""
+    """A machine that has joined, with its replicas; `spoil` may change a frame that it sends.
+
+    `heard` are the kinds of what it was sent; `most` are the replicas that it had when a further one was to come.
+    """
 
     store: ReplicaStore = field(default_factory=ReplicaStore)
     spoil: Callable[[bytes], bytes] = lambda content: content
     pieces: int = 0
     heard: list[str] = field(default_factory=list)
+    most: int = 0
 
     @asynccontextmanager
     async def joined(self, met: Door) -> AsyncIterator[None]:
@@ -77,6 +81,8 @@ class Holder:
                     if (piece := piece_of(content)) is None:
                         message = admission.for_machine(content)
                         self.heard.append(message.kind)
+                        if isinstance(message, admission.StoreReplica):
+                            self.most = max(self.most, len(self.steps()))
                         session.obey(message, tasks)
                     else:
                         self.pieces += 1

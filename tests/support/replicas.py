@@ -76,6 +76,10 @@ class Holder:
             session = ReplicaSession(self.store, send)
 
             async def serve() -> None:
+                async with session.open():
+                    await receive()
+
+            async def receive() -> None:
                 while True:
                     content = await machine.channel.receive()
                     if (piece := piece_of(content)) is None:
@@ -83,10 +87,10 @@ class Holder:
                         self.heard.append(message.kind)
                         if isinstance(message, admission.StoreReplica):
                             self.most = max(self.most, len(self.steps()))
-                        session.obey(message, tasks)
+                        session.obey(message)
                     else:
                         self.pieces += 1
-                        session.take(piece, tasks)
+                        session.take(piece)
 
             tasks.start_soon(serve)
             yield

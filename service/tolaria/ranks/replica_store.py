@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 
 import anyio
 import anyio.to_thread
@@ -75,27 +76,34 @@ class ReplicaSession:
         self._request = 0
         self._incoming: IncomingReplica | None = None
         self._allocating = anyio.Lock()
+        self._tasks: TaskGroup
 
-    def obey(self, message: admission.ToMachine, tasks: TaskGroup) -> bool:
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """Spans the time in which messages are taken; waits at its end for what they began. Raises ChannelError."""
+        async with anyio.create_task_group() as self._tasks:
+            yield
+
+    def obey(self, message: admission.ToMachine) -> bool:
         """Has done what the service says; returns whether it is about replicas."""
         match message:
             case StoreReplica():
-                self._begin(message.request, tasks)
-                tasks.start_soon(self._prepare, message)
+                self._begin(message.request)
+                self._tasks.start_soon(self._prepare, message)
             case KeepReplicas():
-                self._free(self._store.keep(message.points), tasks)
+                self._free(self._store.keep(message.points))
             case AskReplicas():
-                self._begin(message.request, tasks)
+                self._begin(message.request)
                 held = tuple(self._store.of(message.run_id))
-                tasks.start_soon(self._answer, ReplicasHeld(message.request, held))
+                self._tasks.start_soon(self._answer, ReplicasHeld(message.request, held))
             case SendReplica():
-                self._begin(message.request, tasks)
-                tasks.start_soon(self._send_replica, message)
+                self._begin(message.request)
+                self._tasks.start_soon(self._send_replica, message)
             case _:
                 return False
         return True
 
-    def take(self, piece: Piece, tasks: TaskGroup) -> None:
+    def take(self, piece: Piece) -> None:
         """Takes the next piece of a replica; one that was not waited for is dropped.
 
         Raises ChannelError if it is longer than what is missing.
@@ -106,15 +114,15 @@ class ReplicaSession:
         incoming.feed(piece.content)
         if incoming.complete:
             self._incoming = None
-            tasks.start_soon(self._keep, incoming, piece.request)
+            self._tasks.start_soon(self._keep, incoming, piece.request)
 
-    def _begin(self, request: int, tasks: TaskGroup) -> None:
+    def _begin(self, request: int) -> None:
         self._request = request
         if self._incoming is not None:
             segment, self._incoming = self._incoming.segment, None
-            self._free([segment], tasks)
+            self._free([segment])
 
-    def _free(self, segments: list[Segment], tasks: TaskGroup) -> None:
+    def _free(self, segments: list[Segment]) -> None:
         """Has a thread let go of segments that nothing else refers to, before the next one is allocated."""
 
         async def free() -> None:
@@ -122,7 +130,7 @@ class ReplicaSession:
                 await anyio.to_thread.run_sync(segments.clear)
 
         if segments:
-            tasks.start_soon(free)
+            self._tasks.start_soon(free)
 
     async def _prepare(self, message: StoreReplica) -> None:
         """Allocates memory for a replica, for one at a time."""

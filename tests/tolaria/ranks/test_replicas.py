@@ -146,18 +146,18 @@ class Machine:
 
     async def hears(self, message: ToMachine) -> list[ToService]:
         """What it answers to a message."""
-        async with anyio.create_task_group() as tasks:
-            assert self.session.obey(message, tasks)
+        async with self.session.open():
+            assert self.session.obey(message)
         said, self.said = self.said, []
         return said
 
     async def gets(self, segment: Segment, request: int, until: int | None = None) -> list[ToService]:
         """What it answers to the pieces of a replica, of which some may be left out."""
-        async with anyio.create_task_group() as tasks:
+        async with self.session.open():
             for content in [*pieces(segment, request)][:until]:
                 piece = piece_of(content)
                 assert piece is not None
-                self.session.take(piece, tasks)
+                self.session.take(piece)
         said, self.said = self.said, []
         return said
 
@@ -183,8 +183,7 @@ async def test_a_machine_keeps_only_what_has_arrived_intact(damaged: bool) -> No
     assert bool(answer.problem) == damaged
     assert machine.store.of("run") == ([] if damaged else [announced])
     assert await machine.gets(segment, 3) == []
-    async with anyio.create_task_group() as tasks:
-        assert not machine.session.obey(StopRanks("enough"), tasks)
+    assert not machine.session.obey(StopRanks("enough"))
 
 
 @pytest.mark.anyio
@@ -220,16 +219,16 @@ async def test_a_machine_goes_on_while_memory_is_allocated_and_digests_are_compu
     monkeypatch.setattr(Segment, "create", slowly)
     monkeypatch.setattr(IncomingReplica, "verified", slowly_verified)
     for step in (StoreReplica(1, announced), segment):
-        async with anyio.create_task_group() as tasks:
+        async with machine.session.open():
             allowed.clear()
             said = len(machine.said)
             if isinstance(step, StoreReplica):
-                machine.session.obey(step, tasks)
+                machine.session.obey(step)
             else:
                 for content in pieces(segment, 1):
                     piece = piece_of(content)
                     assert piece is not None
-                    machine.session.take(piece, tasks)
+                    machine.session.take(piece)
             await anyio.sleep(0.05)
             assert len(machine.said) == said  # and this task runs
             allowed.set()
@@ -271,14 +270,14 @@ async def test_a_replica_is_sent_until_something_else_is_asked() -> None:
     async def send(content: bytes) -> None:
         frames.append(content)
         if len(frames) == 2:
-            session.obey(AskReplicas(2, "run"), tasks)
+            session.obey(AskReplicas(2, "run"))
         await anyio.lowlevel.checkpoint()
 
     image, announced = sealed(7)
     store.put(await anyio.to_thread.run_sync(arrived, share(image), announced))
     session = ReplicaSession(store, send)
-    async with anyio.create_task_group() as tasks:
-        session.obey(SendReplica(1, announced.digest), tasks)
+    async with session.open():
+        session.obey(SendReplica(1, announced.digest))
     sent_pieces = [piece.request for content in frames if (piece := piece_of(content)) is not None]
     assert sent_pieces == [1]
     assert len(frames) == 3

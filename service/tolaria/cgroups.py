@@ -1,4 +1,4 @@
-"""What this process's control group, version 2 or 1, says about it: its share of the processor, and lack of memory."""
+"""What this process's control group, version 2 or 1, says about it: its share of the processor, and its memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Final
 
 _ROOT: Final = Path("/sys/fs/cgroup")
 _GROUPS: Final = Path("/proc/self/cgroup")
+_MEMORY: Final = Path("/proc/meminfo")
 
 
 def oom_kills() -> int:
@@ -28,6 +29,29 @@ def cpu_quota() -> float | None:
             if (share := int(quota)) > 0 and micros > 0:
                 return share / micros
     return None
+
+
+def memory_left() -> int | None:
+    """Returns how many bytes can still be allocated before the system or the group has none; None if neither says so.
+
+    Page cache counts as left. Limits of groups above this one are not looked at: a container does not see them.
+    """
+    left = list[int]()
+    with suppress(OSError, ValueError, KeyError):
+        left.append(1024 * _fields(_MEMORY.read_text(encoding="ascii"))["MemAvailable:"])
+    with suppress(ValueError, KeyError, StopIteration):  # such as the text "max" without a limit
+        limit = int(next(_read("memory", "memory.max", "memory.limit_in_bytes")))
+        used = int(next(_read("memory", "memory.current", "memory.usage_in_bytes")))
+        stat = _fields(next(_read("memory", "memory.stat", "memory.stat"), ""))
+        cache = stat.get("total_inactive_file", stat.get("inactive_file", 0))
+        left.append(max(0, limit - used + cache))
+    return min(left, default=None)
+
+
+def _fields(text: str) -> dict[str, int]:
+    """Returns numbers by name, of lines that begin with both."""
+    words = (line.split() for line in text.splitlines())
+    return {each[0]: int(each[1]) for each in words if len(each) > 1}
 
 
 def _read(controller: str, version_2: str, version_1: str) -> Iterator[str]:

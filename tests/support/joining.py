@@ -82,11 +82,11 @@ class Machine:
         await self.channel.send(admission.packed(message))
 
     async def hear(self) -> admission.ToMachine:
-        """Returns the next message that is no heartbeat."""
+        """Returns the next message that is no heartbeat, and not about replicas that no service needs."""
         with anyio.fail_after(60):
             while True:
                 message = admission.for_machine(await self.channel.receive())
-                if not isinstance(message, admission.Alive):
+                if not isinstance(message, admission.Alive) and message != admission.KeepReplicas(()):
                     return message
 
 
@@ -97,13 +97,13 @@ def joining(host: str = "host-b", **changes: object) -> Joining:
 
 
 @asynccontextmanager
-async def meeting(directory: Path, port: int = 0, **lane: object) -> AsyncIterator[Meeting]:
+async def meeting(directory: Path, port: int = 0, *, replicas: int = 0, **lane: object) -> AsyncIterator[Meeting]:
     """Runs a rendezvous with these settings of the lane, on a free port unless one is given."""
     await anyio.Path(directory / "secret").write_bytes(SECRET + b"\n")
     port = port or free_port()
     section = {"mode": "torchrun", "nodes": "1:2", "rendezvous": f"127.0.0.1:{port}", **lane}
     section["secret_file"] = str(directory / "secret")
-    settings = Settings.model_validate({"lane": section})
+    settings = Settings.model_validate({"lane": section, "rollback": {"replicas": replicas}})
     owner = Owner()
     rendezvous = Rendezvous(settings, owner)
     async with anyio.create_task_group() as tasks:

@@ -6,6 +6,7 @@ The ranks are forks of one process that has imported torch before, so that a tes
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -16,11 +17,17 @@ import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+
+TEMPLATE = [sys.executable, "-m", "support.rank_run"]
+"""The command of the process from which the ranks are forked."""
+
+_NUMBERS = itertools.count(1)
+_TEMPLATES: dict[tuple[str, ...], subprocess.Popen[str]] = {}
 
 
 def run_on_ranks(world: int, scenarios: Sequence[tuple[str, dict[str, Any]]], timeout_s: float = 500) -> list[Any]:
@@ -30,7 +37,7 @@ def run_on_ranks(world: int, scenarios: Sequence[tuple[str, dict[str, Any]]], ti
     """
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder, str(rank)) for rank in range(world)]
-        _forked(
+        forked(
             {
                 "environments": _environments(world),
                 "results": [str(path) for path in results],
@@ -60,27 +67,46 @@ def _environments(world: int) -> list[dict[str, str]]:
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
-def _forked(request: Mapping[str, Any]) -> None:
-    """Has the ranks forked, and waits until they have ended."""
-    template = _template()
+def forked(request: Mapping[str, Any], command: Sequence[str] = TEMPLATE) -> None:
+    """Has the ranks forked, and waits until they have ended. What answers an earlier request is passed over."""
+    template, number = _template(tuple(command)), next(_NUMBERS)
     assert template.stdin is not None
     assert template.stdout is not None
-    template.stdin.write(json.dumps(request) + "\n")
-    template.stdin.flush()
-    assert template.stdout.readline() == "ended\n", "the process from which ranks are forked has ended"
+    with suppress(BrokenPipeError):  # it answers nothing then
+        template.stdin.write(json.dumps({**request, "number": number}) + "\n")
+        template.stdin.flush()
+    while (line := template.stdout.readline()) != f"ended {number}\n":
+        if not line:
+            _close(_TEMPLATES.pop(tuple(command)))
+            raise AssertionError("the process from which ranks are forked has ended")
 
 
-@cache
-def _template() -> subprocess.Popen[str]:
-    """The process from which the ranks are forked; it ends with this one."""
-    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "service")])
-    return subprocess.Popen(
-        [sys.executable, "-m", "support.rank_run"],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def _template(command: tuple[str, ...]) -> subprocess.Popen[str]:
+    """The process from which the ranks are forked, started anew if it has ended; it ends with this one."""
+    found = _TEMPLATES.get(command)
+    if found is not None and found.poll() is not None:
+        _close(found)
+        found = None
+    if found is None:
+        paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "service")])
+        found = _TEMPLATES[command] = subprocess.Popen(
+            command,
+            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    return found
+
+
+def _close(template: subprocess.Popen[str]) -> None:
+    """Frees what is left of a process that answers no more."""
+    template.kill()
+    for pipe in (template.stdin, template.stdout):
+        with suppress(BrokenPipeError):
+            assert pipe is not None
+            pipe.close()
+    template.wait()
 
 
 def main() -> None:
@@ -98,7 +124,7 @@ def main() -> None:
         for rank in ranks:
             os.waitpid(rank, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        sys.stdout.write("ended\n")
+        sys.stdout.write(f"ended {request['number']}\n")
         sys.stdout.flush()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import anyio
 
@@ -40,42 +40,57 @@ def segment_of(image: StateImage, number: int) -> Segment:
 
 def arrived(segment: Segment, announced: ReplicaPoint) -> IncomingReplica:
     """Returns the replica that the content of a segment has arrived as."""
-    incoming = IncomingReplica(announced, segment.size_bytes)
-    for content in pieces(segment):
+    incoming = IncomingReplica(replace(announced, size_bytes=segment.size_bytes))
+    for content in pieces(segment, 1):
         assert not incoming.complete
         piece = piece_of(content)
         assert piece is not None
-        incoming.feed(piece)
+        incoming.feed(piece.content)
     assert incoming.complete
     return incoming
 
 
 @dataclass
 class Holder:
-    """A machine that has joined, with its replicas; `spoil` may change a frame that it sends."""
+    """A machine that has joined, with its replicas; `spoil` may change a frame that it sends.
+
+    `heard` are the kinds of what it was sent; `most` are the replicas that it had when a further one was to come.
+    """
 
     store: ReplicaStore = field(default_factory=ReplicaStore)
     spoil: Callable[[bytes], bytes] = lambda content: content
     pieces: int = 0
+    heard: list[str] = field(default_factory=list)
+    most: int = 0
 
     @asynccontextmanager
     async def joined(self, met: Door) -> AsyncIterator[None]:
         """Joins, and serves the service until the end of the block."""
         async with met.machine() as machine, anyio.create_task_group() as tasks:
-            session = ReplicaSession(self.store, lambda content: machine.channel.send(self.spoil(content)))
+            sending = anyio.Lock()
+
+            async def send(content: bytes) -> None:
+                async with sending:
+                    await machine.channel.send(self.spoil(content))
+
+            session = ReplicaSession(self.store, send)
 
             async def serve() -> None:
+                async with session.open():
+                    await receive()
+
+            async def receive() -> None:
                 while True:
                     content = await machine.channel.receive()
                     if (piece := piece_of(content)) is None:
                         message = admission.for_machine(content)
-                        if isinstance(message, admission.SendReplica):
-                            tasks.start_soon(session.send, message.digest)
-                        else:
-                            await session.obey(message)
+                        self.heard.append(message.kind)
+                        if isinstance(message, admission.StoreReplica):
+                            self.most = max(self.most, len(self.steps()))
+                        session.obey(message)
                     else:
                         self.pieces += 1
-                        await session.take(piece)
+                        session.take(piece)
 
             tasks.start_soon(serve)
             yield

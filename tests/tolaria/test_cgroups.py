@@ -13,6 +13,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty tree of control groups in place of the system's; the process is in none."""
     monkeypatch.setattr(cgroups, "_ROOT", tmp_path / "fs")
     monkeypatch.setattr(cgroups, "_GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(cgroups, "_MEMORY", tmp_path / "meminfo")
     return tmp_path
 
 
@@ -60,3 +61,29 @@ def test_no_limit(root: Path, groups: str, name: str, text: str) -> None:
     """As the system writes it, or something unknown."""
     put(root, groups, {name: text})
     assert cgroups.cpu_quota() is None
+
+
+MEMORY_2 = {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 500\ninactive_file 150\n"}
+MEMORY_1 = {
+    "memory/m/memory.limit_in_bytes": "1000\n",
+    "memory/m/memory.usage_in_bytes": "700\n",
+    "memory/m/memory.stat": "inactive_file 1\ntotal_inactive_file 150\n",
+}
+
+
+@pytest.mark.parametrize(("groups", "files", "meminfo", "expected"), [
+    ("", {}, "", None),
+    ("0::/\n", MEMORY_2, "", 450),
+    ("4:memory:/m\n0::/\n", MEMORY_1, "", 450),
+    ("0::/\n", MEMORY_2, "MemTotal: 9 kB\nMemAvailable: 1 kB\n", 450),
+    ("0::/\n", {**MEMORY_2, "memory.max": "max\n"}, "MemAvailable: 3 kB\n", 3072),
+    ("0::/\n", {**MEMORY_2, "memory.current": "1700\n"}, "MemAvailable: 3 kB\n", 0),
+    ("0::/\n", {}, "nonsense", None),
+])  # fmt: skip
+def test_the_memory_that_is_left(
+    root: Path, groups: str, files: Mapping[str, str], meminfo: str, expected: int | None
+) -> None:
+    """The least of what the system and the group have; page cache counts as left."""
+    put(root, groups, files)
+    (root / "meminfo").write_text(meminfo)
+    assert cgroups.memory_left() == expected

@@ -125,13 +125,13 @@ class RollbackSettings(Section):
     """Copies of the newest snapshots in the memory of another machine of the group, for when this one's memory is lost.
 
     0: a service that starts again without this memory goes on from the newest checkpoint. 1 needs lane.nodes with
-    several machines, and on each of them memory for up to three snapshots.
+    several machines, on each of them memory for up to three snapshots, and on the first one for one more.
     """
 
     replica_mb_per_s: Annotated[float, Field(ge=0.1, le=100_000, allow_inf_nan=False)] = 32.0
     """Bandwidth that replicas may use, in megabytes a second. 32: a quarter of a gigabit link, and a tenth of a core.
 
-    What it takes to send a snapshot is also how old the newest replica is, and at least a second.
+    The newest replica is up to three times as old as it takes to send a snapshot.
     """
 
     overhead_max: PositiveShare = 0.01

@@ -28,7 +28,6 @@ _Text = Annotated[str, Field(max_length=4096)]
 _Name = Annotated[str, Field(max_length=255)]
 _Line = Annotated[str, Field(max_length=LINE_CHARACTERS_MAX)]
 _Number = Annotated[int, Field(ge=0, lt=2**31)]
-_Bytes = Annotated[int, Field(gt=0, lt=2**53)]
 _Points = Annotated[tuple[ReplicaPoint, ...], Field(max_length=HELD_MAX)]
 
 
@@ -128,18 +127,30 @@ class RankSilent:
 
 @dataclass(frozen=True, slots=True)
 class StoreReplica:
-    """To a machine: a replica follows, in pieces. Answered by `ReplicaStored`."""
+    """To a machine: a replica is to be kept. Answered by `ReplicaReady`; then it follows in pieces.
 
+    In all requests about replicas, `request` is a number that rises; what answers them repeats it.
+    """
+
+    request: _Number
     point: ReplicaPoint
-    size_bytes: _Bytes
     kind: Literal["store_replica"] = "store_replica"
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaStored:
-    """To the service: the last replica is kept; or why it is not."""
+class ReplicaReady:
+    """To the service: there is memory for the replica, which is to follow; or why it is not to."""
 
-    digest: _Name
+    request: _Number
+    problem: _Text = ""
+    kind: Literal["replica_ready"] = "replica_ready"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStored:
+    """To the service: the replica has arrived and is kept; or why it is not."""
+
+    request: _Number
     problem: _Text = ""
     kind: Literal["replica_stored"] = "replica_stored"
 
@@ -156,6 +167,7 @@ class KeepReplicas:
 class AskReplicas:
     """To a machine: which replicas of the run are there? Answered by `ReplicasHeld`."""
 
+    request: _Number
     run_id: _Name
     kind: Literal["ask_replicas"] = "ask_replicas"
 
@@ -164,6 +176,7 @@ class AskReplicas:
 class ReplicasHeld:
     """To the service: these replicas."""
 
+    request: _Number
     points: _Points
     kind: Literal["replicas_held"] = "replicas_held"
 
@@ -172,6 +185,7 @@ class ReplicasHeld:
 class SendReplica:
     """To a machine: send a replica. Answered by `ReplicaFollows`."""
 
+    request: _Number
     digest: _Name
     kind: Literal["send_replica"] = "send_replica"
 
@@ -180,6 +194,7 @@ class SendReplica:
 class ReplicaFollows:
     """To the service: the replica follows, in pieces; of 0 bytes, if it is not there any more."""
 
+    request: _Number
     size_bytes: Annotated[int, Field(ge=0, lt=2**53)]
     kind: Literal["replica_follows"] = "replica_follows"
 
@@ -200,7 +215,7 @@ class RunOver:
     kind: Literal["over"] = "over"
 
 
-OfReplicas: TypeAlias = ReplicaStored | ReplicasHeld | ReplicaFollows
+OfReplicas: TypeAlias = ReplicaReady | ReplicaStored | ReplicasHeld | ReplicaFollows
 """What a machine answers about replicas."""
 
 ToService: TypeAlias = Joining | Ready | RanksEnded | RankStacks | RankSilent | OfReplicas | Alive

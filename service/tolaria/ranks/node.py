@@ -43,7 +43,6 @@ from tolaria.ranks.admission import (
     Ready,
     Refused,
     RunOver,
-    SendReplica,
     StartRanks,
     StopRanks,
 )
@@ -204,7 +203,7 @@ class _Session:
         """Takes part until the run is over, or the connection ends; returns None then. No rank is left."""
         over: RunOver | None = None
         try:
-            async with anyio.create_task_group() as tasks:
+            async with anyio.create_task_group() as tasks, self._replicas.open():
                 tasks.start_soon(self._beat, tasks.cancel_scope)
                 await self._send(Ready())
                 while over is None:
@@ -213,11 +212,14 @@ class _Session:
                     if (piece := piece_of(content)) is None:
                         over = await self._obey(admission.for_machine(content), tasks)
                     else:
-                        await self._replicas.take(piece)
+                        self._replicas.take(piece)
                     self._heard_s = time.monotonic()
                 tasks.cancel_scope.cancel()
         except* ChannelError as group:
-            self._why = self._why or str(group.exceptions[0])
+            first: BaseException = group
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            self._why = self._why or str(first)
         finally:
             await self._channel.close()
         if over is None:
@@ -243,12 +245,10 @@ class _Session:
             case RunOver():
                 await self._stop_ranks()
                 return message
-            case SendReplica():
-                tasks.start_soon(self._replicas.send, message.digest)
             case Alive():
                 pass
             case _:
-                if not await self._replicas.obey(message):
+                if not self._replicas.obey(message):
                     raise ChannelError(f"the service sent {message.kind}")
         return None
 

@@ -34,24 +34,26 @@ def live_snapshots(run_id: str, points: list[RestorePoint], lineage: Lineage) ->
     return LiveSnapshots(tuple(found), lineage)
 
 
-def wanted_replicas(storage: Storage, run_id: str) -> Callable[[ReplicaPoint], bool]:
+def wanted_replicas(storage: Storage, run_id: str, *, running: bool = False) -> Callable[[ReplicaPoint], bool]:
     """Returns what says whether the run is to go on from a replica, by what the journal says now. Raises JournalError.
 
     It has to be newer than the checkpoint that the run would be resumed from, a descendant of that, and not undone by
-    the last rollback.
+    a rollback. A `running` service goes on from a proven checkpoint rather than from a newer one, so that there only a
+    replica that is proven replaces it.
     """
     restored = [row for row in storage.journal.rows(RollbackRow, run_id=run_id) if row.outcome == "restored"]
-    last = max(restored, key=lambda row: row.attempt, default=None)
     rows = storage.for_run(run_id).checkpoints.restore_points()
     head = next(reversed([row for row in rows if not row.doubtful] or list(rows)), None)
+    has_proven = any(row.proven or row.global_step == 0 for row in rows)
 
     def is_wanted(point: ReplicaPoint) -> bool:
         try:
             lineage = point.lineage
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             return False
-        undone = last is not None and point.attempt < last.attempt and point.global_step > last.restored_step
-        if undone or point.run_id != run_id:
+        undone = any(point.attempt < row.attempt and point.global_step > row.restored_step for row in restored)
+        unused = running and has_proven and not point.proven
+        if undone or unused or point.run_id != run_id:
             return False
         if head is None:
             return True

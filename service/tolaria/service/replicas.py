@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import anyio
@@ -21,8 +22,11 @@ from tolaria.run.replicas import record, wanted_replicas
 from tolaria.transport.rendezvous import Rendezvous
 from tolaria.transport.replicas import find_replica
 
-_MEANWHILE_S: Final = 30.0
-"""Seconds that a replica has to arrive while a new lane is being built; then the newest checkpoint is restored."""
+ARRIVAL_S: Final = 300.0
+"""Seconds after `lane.join_wait_s` that replicas have to arrive at the start; then the newest checkpoint is restored.
+
+300: half of what the start-up probes in `deploy/` allow.
+"""
 
 _log = structlog.get_logger(__name__)
 
@@ -40,8 +44,8 @@ class _NoGroup:
 def adopt_at_start(settings: Settings, loop: asyncio.Runner, storage: Storage, run_id: str) -> None:
     """Makes the newest replica of a run whose service was killed a checkpoint, if it is newer than all of them.
 
-    Waits up to `lane.join_wait_s` for the machines of the group, which then join again. Whatever fails is logged, and
-    the run goes on from the newest checkpoint.
+    Waits up to `lane.join_wait_s` for the machines of the group, which then join again, and 5 minutes more for what
+    they send. Whatever fails is logged, and the run goes on from the newest checkpoint.
     """
     if not settings.rollback.replicas:
         return
@@ -58,16 +62,14 @@ def adopt_at_start(settings: Settings, loop: asyncio.Runner, storage: Storage, r
 async def _found_at_start(
     settings: Settings, run_id: str, wanted: Callable[[ReplicaPoint], bool]
 ) -> FoundReplica | None:
-    rendezvous = Rendezvous(settings, _NoGroup())
+    rendezvous, found = Rendezvous(settings, _NoGroup()), None
+    machines, wait_s = settings.lane.nodes_max - 1, settings.lane.join_wait_s
     async with anyio.create_task_group() as tasks:
         await tasks.start(rendezvous.serve)
-        found = await find_replica(
-            rendezvous,
-            run_id,
-            wanted,
-            machines=settings.lane.nodes_max - 1,
-            wait_s=settings.lane.join_wait_s,
-        )
+        with anyio.move_on_after(wait_s + ARRIVAL_S) as waiting:
+            found = await find_replica(rendezvous, run_id, wanted, machines=machines, wait_s=wait_s)
+        if waiting.cancelled_caught:
+            _log.error("replica_not_restored", detail=f"it has not arrived within {wait_s + ARRIVAL_S:g} s")
         tasks.cancel_scope.cancel()
     return found
 
@@ -75,16 +77,13 @@ async def _found_at_start(
 async def adopt_meanwhile(rendezvous: Rendezvous, storage: Storage, writer: CheckpointWriter, run_id: str) -> None:
     """Makes the newest replica of the run a checkpoint, if it is newer than all of them, while no lane trains.
 
+    A proven one is taken before a newer one, as `Revival` does. It may take as long as a replica arrives fast enough.
     Whatever fails is logged.
     """
-    found = None
     try:
-        with anyio.move_on_after(_MEANWHILE_S) as waiting:
-            wanted = await anyio.to_thread.run_sync(wanted_replicas, storage, run_id)
-            machines = len(rendezvous.nodes)
-            found = await find_replica(rendezvous, run_id, wanted, machines=machines, wait_s=0.0)
-        if waiting.cancelled_caught:
-            _log.error("replica_not_restored", detail=f"not within {_MEANWHILE_S:g} s")
+        wanted = await anyio.to_thread.run_sync(partial(wanted_replicas, storage, run_id, running=True))
+        machines = len(rendezvous.nodes)
+        found = await find_replica(rendezvous, run_id, wanted, machines=machines, wait_s=0.0, proven_first=True)
         if found is not None:
             mark = CaptureMark(Provenance(found.point.lineage))
             written = writer.write(Lease(found.image), metric=None, mark=mark)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,13 +17,15 @@ from tolaria.wire import Frame, FrameKind, packed_id
 
 
 class HeldSegments(Mapping[int, Segment]):
-    """The segments that lanes have filled, by number, as descriptors. Looking one up maps it.
+    """The segments that lanes have filled, by number, as descriptors. Looking one up maps it, in any thread.
 
     The last descriptor of gigabytes takes long to close, so that a thread does it.
     """
 
     def __init__(self) -> None:
         self._descriptors: dict[int, int] = {}
+        self._looking = threading.Lock()
+        """Held while a descriptor is taken from the others, so that none is closed while it is duplicated."""
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="tolaria-segments")
 
     def put(self, segments: Mapping[int, int]) -> None:
@@ -33,7 +36,9 @@ class HeldSegments(Mapping[int, Segment]):
 
     def close(self, number: int) -> None:
         """Closes one that holds nothing any more."""
-        if (descriptor := self._descriptors.pop(number, None)) is not None:
+        with self._looking:
+            descriptor = self._descriptors.pop(number, None)
+        if descriptor is not None:
             self._closer.submit(os.close, descriptor)
 
     def descriptors(self) -> list[tuple[int, int]]:
@@ -41,7 +46,8 @@ class HeldSegments(Mapping[int, Segment]):
         return list(self._descriptors.items())
 
     def __getitem__(self, number: int) -> Segment:
-        descriptor = os.dup(self._descriptors[number])
+        with self._looking:
+            descriptor = os.dup(self._descriptors[number])
         try:
             segment = Segment(number, descriptor)
         except (OSError, ValueError):
@@ -51,7 +57,7 @@ class HeldSegments(Mapping[int, Segment]):
         return segment
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._descriptors)
+        return iter(list(self._descriptors))
 
     def __len__(self) -> int:
         return len(self._descriptors)

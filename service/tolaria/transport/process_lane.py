@@ -90,7 +90,7 @@ class ProcessLane:
         self.replicas: ReplicaKeeper | None = None
         if self.rendezvous is not None and settings.rollback.replicas:
             bandwidth = settings.rollback.replica_mb_per_s
-            self.replicas = ReplicaKeeper(self.rendezvous, bandwidth, segments.descriptors)
+            self.replicas = ReplicaKeeper(self.rendezvous, bandwidth, segments)
         self._process = LaneProcess(settings, segments, self, self.rendezvous)
         self._process.run_id = run_id
         self._digests: tuple[str, ...] = ()

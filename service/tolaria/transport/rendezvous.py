@@ -28,12 +28,14 @@ from tolaria.ranks.admission import (
     Alive,
     AskStacks,
     Joining,
+    KeepReplicas,
     RanksEnded,
     RankSilent,
     RankStacks,
     Ready,
     Refused,
     ReplicaFollows,
+    ReplicaReady,
     ReplicasHeld,
     ReplicaStored,
     RunOver,
@@ -83,6 +85,7 @@ class Rendezvous:
 
     def __init__(self, settings: Settings, owner: GroupOwner) -> None:
         self.settings, self._job = settings.lane, settings.training.job
+        self._with_replicas = settings.rollback.replicas > 0
         self._secret = b""
         self._owner = owner
         self._address = Address.parse(settings.lane.rendezvous)
@@ -303,6 +306,8 @@ class Rendezvous:
             self._nodes.append(node)
             self._wake_changed()
             _log.info("node_joined", host=node.host, processes=asked.processes)
+            if not self._with_replicas:  # what it keeps for an earlier service is of no use
+                node.put(KeepReplicas(()))
             try:
                 tasks.start_soon(self._send_all, node, take)
                 await self._receive_all(node)
@@ -336,7 +341,7 @@ class Rendezvous:
     async def _take(self, node: JoinedNode, message: admission.ToService) -> None:
         """Handles a message. Raises ChannelError if it ends the connection."""
         match message:
-            case ReplicaStored() | ReplicasHeld() | ReplicaFollows():
+            case ReplicaReady() | ReplicaStored() | ReplicasHeld() | ReplicaFollows():
                 await node.replicas.take_in(message)
             case Ready() if not node.member:
                 node.ready = True

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Final
 
@@ -13,8 +12,8 @@ import anyio.to_thread
 import structlog
 
 from tolaria.errors import ChannelError, ImageDamagedError
-from tolaria.ranks.replicas import FoundReplica, LiveSnapshots, ReplicaPoint
-from tolaria.segments import Segment, open_image, share
+from tolaria.ranks.replicas import FORKS_CHARACTERS_MAX, FoundReplica, LiveSnapshots, ReplicaPoint, check_room
+from tolaria.segments import Segment, header_bytes, open_image, placed_bytes, share
 from tolaria.transport.nodes import JoinedNode
 from tolaria.transport.rendezvous import Rendezvous
 
@@ -29,85 +28,100 @@ class ReplicaKeeper:
     """Keeps replicas of the newest snapshots on another machine, beside training. Used on the event loop only.
 
     A snapshot is copied first, so that the lane overwrites it when it likes; what was overwritten meanwhile does not
-    have its digest. The machine is the first one that takes part in the group.
+    have its digest. The machine is one that takes part in the group: the first which has not refused a replica lately,
+    or the one that keeps some already.
 
     Args:
         rendezvous: the machines that have joined.
         mb_per_s: bandwidth that replicas may use.
-        descriptors: returns the segments of the lane by number, as descriptors.
+        segments: those of the lane by number; looked up in a thread.
 
     Attributes:
         snapshots: returns the snapshots that there are, of which the newest are kept.
     """
 
-    def __init__(
-        self, rendezvous: Rendezvous, mb_per_s: float, descriptors: Callable[[], list[tuple[int, int]]]
-    ) -> None:
+    def __init__(self, rendezvous: Rendezvous, mb_per_s: float, segments: Mapping[int, Segment]) -> None:
         self._rendezvous = rendezvous
         self._mb_per_s = mb_per_s
-        self._descriptors = descriptors
+        self._segments = segments
         self.snapshots: Callable[[], LiveSnapshots] = LiveSnapshots
-        self._said = ""
+        self._said: dict[str, tuple[str, str]] = {}
+        self._said_forks = False
 
     async def serve(self) -> None:
         """Sends replicas until cancelled, at most one snapshot a second."""
         while True:
             await anyio.sleep(_PERIOD_S)
-            members = [node for node in self._rendezvous.nodes if node.member]
-            if not members:
+            snapshots = self._sendable(self.snapshots())
+            if not snapshots.points:
                 continue
+            members = [node for node in self._rendezvous.nodes if node.member and node.replicas.is_open]
+            if not members:
+                self._say_once("no_replicas", "", "no machine of the group keeps replicas at present")
+                continue
+            node = max(members, key=lambda each: each.replicas.has_stored)  # the first of them if none has
             try:
-                await self._keep_on(members[0])
+                await self._keep_on(node, snapshots)
             except (ChannelError, ImageDamagedError, MemoryError, OSError) as error:
-                self._say_once("replica_not_kept", members[0].host, str(error))
+                self._say_once("replica_not_kept", node.host, str(error))
 
-    async def _keep_on(self, node: JoinedNode) -> None:
-        exchange, snapshots = node.replicas, self.snapshots()
-        if not snapshots.points:
-            return
-        run_id = snapshots.points[0].run_id
+    def _sendable(self, snapshots: LiveSnapshots) -> LiveSnapshots:
+        """Returns the snapshots without those that no message has room for."""
+        points = tuple(point for point in snapshots.points if len(point.forks) <= FORKS_CHARACTERS_MAX)
+        if len(points) < len(snapshots.points) and not self._said_forks:
+            self._said_forks = True
+            detail = (
+                f"the lineage takes more than {FORKS_CHARACTERS_MAX} characters: the run has been rolled back often"
+            )
+            _log.warning("replica_not_kept", step=snapshots.points[0].global_step, detail=detail)
+        return LiveSnapshots(points, snapshots.lineage)
+
+    async def _keep_on(self, node: JoinedNode, snapshots: LiveSnapshots) -> None:
+        exchange, run_id = node.replicas, snapshots.points[0].run_id
         await exchange.learn(run_id)
-        for other in self._rendezvous.nodes if exchange.held else ():
+        for other in self._rendezvous.nodes if exchange.has_stored else ():
             if other is not node:
                 with suppress(ChannelError):  # it matters to nothing else
                     await other.replicas.learn(run_id)
                     await other.replicas.keep(())
         await exchange.keep(snapshots.kept(exchange.held.values()))
-        for point in snapshots.wanted():
-            if point.digest in exchange.held:
-                continue
-            segments = [(number, os.dup(descriptor)) for number, descriptor in self._descriptors()]
-            copied = await anyio.to_thread.run_sync(_copied, segments, point)
-            if copied is not None:
-                await exchange.store(point, copied, self._mb_per_s)
+        for point in snapshots.missing(exchange.held.values()):
+            await exchange.keep(snapshots.kept(exchange.held.values()))  # before one more comes
+            if await self._send(node, point):
                 self._say_once("replicas_kept", node.host, "")
                 _log.debug("replica_stored", step=point.global_step, host=node.host)
 
+    async def _send(self, node: JoinedNode, point: ReplicaPoint) -> bool:
+        """Sends a replica; returns whether it is kept."""
+        copied = await anyio.to_thread.run_sync(_copied, self._segments, point)
+        if copied is None:
+            return False
+        kept = await node.replicas.store(point, copied, self._mb_per_s)
+        unused = [copied]
+        del copied
+        await anyio.to_thread.run_sync(unused.clear)  # gigabytes take long to free
+        return kept
+
     def _say_once(self, event: str, host: str, detail: str) -> None:
-        """Logs what was not logged last."""
-        if (said := f"{event} {host} {detail}") != self._said:
-            self._said = said
+        """Logs what was not logged since replicas began, or ceased, to be kept."""
+        if self._said.get(event) != (host, detail):
+            if not detail or "replicas_kept" in self._said:
+                self._said.clear()
+            self._said[event] = host, detail
             (_log.warning if detail else _log.info)(event, host=host, detail=detail)
 
 
-def _copied(descriptors: Sequence[tuple[int, int]], point: ReplicaPoint) -> Segment | None:
+def _copied(segments: Mapping[int, Segment], point: ReplicaPoint) -> Segment | None:
     """Returns a copy of the snapshot, whose digests it has computed; None if it is not there any more.
 
-    Takes over the descriptors. Raises ImageDamagedError, and MemoryError without room.
+    Raises ImageDamagedError, OSError, and MemoryError without room.
     """
-    segments = dict[int, Segment]()
-    for number, descriptor in descriptors:
-        try:
-            segments[number] = Segment(number, descriptor)
-        except (OSError, ValueError):
-            os.close(descriptor)
-        else:
-            segments[number].close_descriptor()
-    for first in segments.values():
-        with suppress(ImageDamagedError):
-            image = open_image(first, segments).image
+    for number in segments:
+        with suppress(ImageDamagedError, LookupError, ValueError):  # overwritten, closed meanwhile, or no segment
+            image = open_image(segments[number], segments).image
             same = image.sealed is not None and image.sealed.total == point.digest
             if same and image.position.global_step == point.global_step:
+                check_room(placed_bytes(image.specs) + header_bytes(image.specs, image.values))
                 copied = share(image)
                 open_image(copied, {}).image.verify()
                 return copied
@@ -115,14 +129,21 @@ def _copied(descriptors: Sequence[tuple[int, int]], point: ReplicaPoint) -> Segm
 
 
 async def find_replica(
-    rendezvous: Rendezvous, run_id: str, acceptable: Callable[[ReplicaPoint], bool], *, machines: int, wait_s: float
+    rendezvous: Rendezvous,
+    run_id: str,
+    acceptable: Callable[[ReplicaPoint], bool],
+    *,
+    machines: int,
+    wait_s: float,
+    proven_first: bool = False,
 ) -> FoundReplica | None:
-    """Returns the newest acceptable replica of a run that is intact; None if there is none.
+    """Returns the newest acceptable replica of a run that is intact, a proven one if asked for; None without any.
 
     Waits at most `wait_s` for that number of machines to join, but only shortly once one has such a replica.
     """
     offers = await _offers(rendezvous, run_id, acceptable, machines=machines, wait_s=wait_s)
-    for point, node in sorted(offers, key=lambda offer: offer[0].global_step, reverse=True):
+    ordered = sorted(offers, key=lambda o: (proven_first and o[0].proven, o[0].global_step), reverse=True)
+    for point, node in ordered:
         try:
             return FoundReplica(point, await node.replicas.fetch(point), node.host)
         except (ImageDamagedError, ChannelError, MemoryError) as error:

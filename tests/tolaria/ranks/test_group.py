@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
+from contextlib import nullcontext
 from typing import Any, Final
 
 import pytest
 
-from support.rank_run import run_on_ranks
+from support.rank_run import forked, run_on_ranks
 
 pytestmark = pytest.mark.timeout(900)  # of a busy machine
 
@@ -221,3 +223,23 @@ def test_buffers_that_a_model_assigns_anew_are_the_leader_s_too() -> None:
     assert leader["digests"] == follower["digests"]
     assert len(set(leader["digests"])) == 1
     assert "buffer/average" in leader["digests"][0]
+
+
+TEMPLATE: Final = """
+import json, sys
+for line in sys.stdin:
+    number = json.loads(line)["number"]
+    if json.loads(line)["ends"]:
+        sys.exit(1)
+    print(f"ended {number - 1}", flush=True)  # late
+    print(f"ended {number}", flush=True)
+"""
+
+
+def test_the_process_from_which_ranks_are_forked_is_started_anew() -> None:
+    """One that has ended fails the present test only; what answers an earlier request does not answer a later one."""
+    command = [sys.executable, "-c", TEMPLATE]
+    for _ in range(2):
+        for ends in (False, False, True):
+            with pytest.raises(AssertionError, match="has ended") if ends else nullcontext():
+                forked({"ends": ends}, command)

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,10 +19,13 @@ import pytest
 from support.joining import SECRET, Meeting, Owner, meeting
 from support.pods import free_port
 from support.processes import is_alive
+from support.replicas import image_of
 from tolaria.config import Address
 from tolaria.errors import JoinRefusedError, LaneFailedError, ServiceAbsentError
 from tolaria.ranks import admission
 from tolaria.ranks.node import Node
+from tolaria.ranks.replicas import ReplicaPoint
+from tolaria.segments import Segment, share
 
 pytestmark = pytest.mark.anyio
 
@@ -254,6 +258,40 @@ async def test_a_failed_run_is_a_failure(tmp_path: Path) -> None:
         async with joined_end(joined):
             assert str(joined.error) == "no memory"
             assert isinstance(joined.error, LaneFailedError)
+
+
+async def test_a_machine_that_allocates_memory_for_a_replica_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Though it takes longer than the silence after which it would be lost; then it keeps the replica."""
+    image, allowed, create = image_of(7), threading.Event(), Segment.create
+    point, segment = ReplicaPoint("run", image.seal().total, 7, 1), share(image)
+
+    def slowly(number: int, size_bytes: int) -> Segment:
+        assert allowed.wait(60)
+        return create(number, size_bytes)
+
+    monkeypatch.setattr(Segment, "create", slowly)
+    kept = list[bool]()
+    async with (
+        meeting(tmp_path, nodes=2, node_timeout_s=1, replicas=1) as met,
+        node_of(met.port) as joined,
+        anyio.create_task_group() as tasks,
+    ):
+        await until(lambda: met.rendezvous.nodes)
+        (node,) = met.rendezvous.nodes
+
+        async def store() -> None:
+            kept.append(await node.replicas.store(point, segment, 100.0))
+
+        tasks.start_soon(store)
+        await anyio.sleep(2.5)
+        allowed.set()
+        await until(lambda: kept)
+        assert kept == [True]
+        assert [offer.global_step for offer in await node.replicas.offers("run")] == [7]
+        assert met.rendezvous.nodes == (node,)
+    assert not [line for line in joined.said if "lost" in line]
 
 
 @asynccontextmanager

@@ -51,7 +51,11 @@ WANTED: list[tuple[str, Sequence[tuple[int, Lineage, bool]], Sequence[RollbackRo
     ("after a rollback that has failed", [(40, Lineage(), False)], [rollback(2, -1, "failed")], point(60), True),
     ("of a branch that has been left", [(60, BACK, False)], [], point(70), False),
     ("newer than what is not suspect", [(40, Lineage(), False), (60, Lineage(), True)], [], point(55), True),
+    ("undone by an earlier rollback", [], [rollback(2, 50), rollback(3, 90)], point(70), False),
+    ("after two rollbacks", [], [rollback(2, 50), rollback(3, 90)], point(85, BACK), True),
     ("with a lineage that cannot be read", [], [], ReplicaPoint("run", "d", 1, 1, "nonsense"), False),
+    ("with a lineage of infinite steps", [], [], ReplicaPoint("run", "d", 1, 1, "[[1,1e999]]"), False),
+    ("with a deep lineage", [], [], ReplicaPoint("run", "d", 1, 1, "[" * 8000), False),
 ]
 
 
@@ -73,6 +77,21 @@ def test_which_replica_is_wanted(
         for step, lineage, suspect in checkpoints:
             storage.checkpoints.write(image_of(step), provenance=Provenance(lineage, suspect=suspect))
         assert wanted_replicas(storage, "run")(replica) is expected
+
+
+@pytest.mark.parametrize("proven_step", [None, 0, 30])
+def test_a_running_service_wants_what_it_would_restore(tmp_path: Path, proven_step: int | None) -> None:
+    """It goes on from a proven checkpoint rather than from a newer replica that is not proven."""
+    with locked_state(settings(tmp_path)), prepare_state(settings(tmp_path)) as prepared:
+        storage = prepared.storage.for_run("run")
+        rows = [storage.checkpoints.write(image_of(step)) for step in (0, 30, 40) if step or proven_step == 0]
+        for row in rows:
+            if row.global_step == proven_step:
+                storage.journal.revise(row.checkpoint_id, proven=1)
+        wanted = wanted_replicas(storage, "run", running=True)
+        assert wanted(point(50, proven=True))
+        assert wanted(point(50)) is (proven_step is None)
+        assert wanted_replicas(storage, "run")(point(50))
 
 
 def begin(directory: Path, outcome: RunOutcome | None, *steps: int) -> str:

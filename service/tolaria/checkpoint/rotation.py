@@ -80,7 +80,7 @@ def _claim(folder: Path, directory: Path) -> None:
         if known and known != first.run_id:
             raise StateRefusedError(
                 f"{folder} has the backups of another state directory, whose first run is {known}; that of {directory} "
-                f"is {first.run_id}: give each a directory of its own, or remove {owner}"
+                f"is {first.run_id}: give each a separate directory, or remove {owner}"
             )
         if not known:
             owner.write_text(f"{first.run_id}\n", encoding="utf-8")

@@ -23,7 +23,7 @@ STACKS_SIGNAL: Final = signal.SIGUSR1
 SILENT_SIGNAL: Final = signal.SIGURG
 """By which a rank that gives no heartbeat says so to its agent. Ignored by default."""
 
-SILENT_ENDS_S: Final = 3.0
+SILENT_ENDS_S: Final = 6.0
 """Seconds that such a rank leaves the service for collecting stacks; then it ends itself if it is still silent."""
 
 _BEAT, _WORK, _SINCE, _RESTS, _GRANTED, _FORBIDDEN, _HOLD, _EPOCH, _PLACE, _ALIVE, _AGENT, _SILENT = range(12)

@@ -157,7 +157,7 @@ def test_the_nightly_backup_is_that_of_the_run_and_works(
     arguments = [str(tmp_path / "backups") if each == place else each for each in container["args"]]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert len(list((tmp_path / "backups").iterdir())) == 1
+    assert len(list((tmp_path / "backups").glob("tolaria-*"))) == 1
 
 
 def built(folder: str) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def test_the_nightly_backup_is_that_of_the_service_and_works(tmp_path: Path) -> 
     for _ in range(8):
         done = CliRunner().invoke(app, [places.get(each, each) for each in arguments])
         assert done.exit_code == 0, done.output
-    assert len(list((tmp_path / "backups").iterdir())) == 7
+    assert len(list((tmp_path / "backups").glob("tolaria-*"))) == 7
 
 
 @pytest.mark.parametrize("unit", [UNIT, BACKUP], ids=lambda unit: unit.stem)

@@ -108,7 +108,7 @@ def test_backups_of_a_folder_are_rotated(state: Path, tmp_path: Path) -> None:
     (tmp_path / "all").mkdir()
     made = [answer_of(run("backup", "--into", tmp_path / "all", "--keep", "1", "--state-dir", state, "--json"))]
     made += [answer_of(run("backup", "--into", tmp_path / "all", "--keep", "1", "--state-dir", state, "--json"))]
-    assert [path.name for path in (tmp_path / "all").iterdir()] == [Path(made[1]["path"]).name]
+    assert [path.name for path in (tmp_path / "all").glob("tolaria-*")] == [Path(made[1]["path"]).name]
     assert (made[0]["removed"], made[1]["removed"]) == ([], [Path(made[0]["path"]).name])
     shown = run("backup", "--into", tmp_path / "all", "--keep", "1", "--state-dir", state)
     assert f"removed: {Path(made[1]['path']).name}" in shown.stdout

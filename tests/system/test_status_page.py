@@ -263,7 +263,9 @@ def test_the_page_of_a_real_service_in_all_its_states(browser: Browser, tmp_path
                 lambda: browser.text("#state") == "paused" and browser.text("#state-reason") == "look at this"
             )
             browser.until(lambda: browser.text("#key-figures dd").replace(",", "") == str(status(stub).global_step))
-            stub.TriggerRollback(admin.TriggerRollbackRequest(request_id="r", reason=IMAGE, target_step=45))
+            points = stub.ListRestorePoints(admin.ListRestorePointsRequest(), timeout=60).restore_points
+            oldest = min(point.global_step for point in points)  # which it is depends on how long the browser took
+            stub.TriggerRollback(admin.TriggerRollbackRequest(request_id="r", reason=IMAGE, target_step=oldest))
             browser.until(lambda: IMAGE in browser.text("#incidents") and browser.run(NODES, "#chart-loss .mark") == 1)
             stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="q", reason="go"))
             browser.until(lambda: browser.text("#state") == "running")

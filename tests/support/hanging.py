@@ -55,7 +55,7 @@ class PeerProcess:
         return Handlers(**counts | {"footprint": Footprint(**counts["footprint"])})
 
     async def idle(self, before: Footprint) -> Handlers:
-        """Waits up to 10 s until no handler runs and there are no more tasks than in `before`; returns the counts."""
+        """Waits up to a minute until no handler runs and no more tasks than in `before`; returns the counts."""
         with anyio.fail_after(60):
             while True:
                 now = await self.handlers()

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
@@ -35,6 +37,15 @@ pytestmark = pytest.mark.anyio
 async def no_command(_state: SystemStatePacket) -> AdaptationCommand | None:
     """The answer of a controller that asks for nothing."""
     return None
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """Puts back the handlers of signals: a service leaves its own until its process ends."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 async def serve(job: str, target: str, folder: Path) -> int:

@@ -17,7 +17,7 @@ from tolaria.errors import CheckpointDamagedError, CheckpointUnreadableError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.reader import read_journal
 from tolaria.journal.rows import (
-    NO_COMMANDS,
+    LOCAL_KINDS,
     CheckpointRow,
     CommandRow,
     EmergencyRow,
@@ -104,7 +104,7 @@ def read_runs(directory: Path) -> list[PastRun]:
 
 
 def _is_applied_command(row: CommandRow) -> bool:
-    return row.outcome == "applied" and row.kind not in NO_COMMANDS
+    return row.outcome == "applied" and row.kind not in LOCAL_KINDS
 
 
 def _record(

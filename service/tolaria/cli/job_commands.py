@@ -97,13 +97,12 @@ def check_job(
 
     Nothing is written, and no service is needed. A mistake in the job is reported as tolaria serve would, with code 2.
     """
-    from tolaria.config import load_settings, require_extras  # noqa: PLC0415 - not needed for --help
+    from tolaria.config import load_settings  # noqa: PLC0415 - not needed for --help
     from tolaria.trackers.tracker import check_trackers  # noqa: PLC0415 - as above
 
     settings = load_settings(config_file, [*(overrides or []), f"training.job={job}"])
     if settings.lane.processes > 1:
         raise ConfigurationError(["lane.processes: check-job builds the job in one process; give lane.processes=1"])
-    require_extras(settings)
     check_trackers(settings.tracking)
     sys.path.insert(0, str(Path.cwd()))  # as in the lane's process
     with _printing_to_stderr() if as_json else nullcontext():

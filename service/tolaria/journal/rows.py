@@ -104,13 +104,13 @@ why."""
 STOPPED_EARLY: Final = "stopped_early"
 """Kind of a row whose `reason` says why early stopping ends the run at its `global_step`."""
 
-NO_COMMANDS: Final = frozenset({DATA_SKIPS, ADJUSTMENTS, BRANCH, SCHEDULED, STOPPED_EARLY})
-"""Kinds of rows of the commands that the controller has not sent."""
+LOCAL_KINDS: Final = frozenset({DATA_SKIPS, ADJUSTMENTS, BRANCH, SCHEDULED, STOPPED_EARLY})
+"""Kinds of rows in the table of commands that are the service's own, and no command of the controller."""
 
 
 @dataclass(frozen=True, slots=True)
 class CommandRow(Row):
-    """A command from Tamiyo, or what `NO_COMMANDS` names, and the step at which it took effect.
+    """A command from Tamiyo, or a row of one of `LOCAL_KINDS`, and the step at which it took effect.
 
     `outcome` is applied or rejected.
     """

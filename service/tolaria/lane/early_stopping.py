@@ -12,6 +12,7 @@ PART: Final = "early_stopping"
 """The name of this part of the training state."""
 
 SETTING: Final = "early_stopping.metric"
+"""The setting that names the metric."""
 
 
 class EarlyStopping:

@@ -23,13 +23,7 @@ from anyio.abc import TaskGroup
 
 from tolaria import __version__
 from tolaria.config import Address, Settings, child_environment
-from tolaria.errors import (
-    ChannelError,
-    ChildFailedError,
-    JoinRefusedError,
-    LaneFailedError,
-    ServiceAbsentError,
-)
+from tolaria.errors import ChannelError, ChildFailedError, JoinRefusedError, LaneFailedError, ServiceAbsentError
 from tolaria.processes import ChildCommand, ChildProcess
 from tolaria.ranks import admission
 from tolaria.ranks.admission import (

@@ -19,8 +19,6 @@ from tolaria.run.lane_client import LaneClient
 from tolaria.run.status import RunStatus
 from tolaria.values.optimization import OF_THE_RUN, ActiveAdjustment, Adjustment
 
-KIND: Final = ADJUSTMENTS
-
 KEEP_S_MAX: Final = 0.25  # longest wait for the row to become durable; a disk that hangs delays no request
 
 _log = structlog.get_logger(__name__)
@@ -75,8 +73,8 @@ class RunAdjustments:
     def _row(self) -> CommandRow:
         status, self._written = self._status, self._in_force()
         saved = [{"at_step": each.at_step, "adjustment": asdict(each.adjustment)} for each in self._written]
-        key, step = f"{KIND}@{status.run_id}", status.global_step
-        return CommandRow(key, time.time_ns(), status.run_id, KIND, step, "applied", json.dumps(saved))
+        key, step = f"{ADJUSTMENTS}@{status.run_id}", status.global_step
+        return CommandRow(key, time.time_ns(), status.run_id, ADJUSTMENTS, step, "applied", json.dumps(saved))
 
 
 def saved_adjustments(journal: Journal, run_id: str) -> tuple[ActiveAdjustment, ...]:
@@ -84,7 +82,7 @@ def saved_adjustments(journal: Journal, run_id: str) -> tuple[ActiveAdjustment, 
 
     A row that cannot be read counts as none, with an error in the log. Raises JournalError.
     """
-    row = journal.find(CommandRow, f"{KIND}@{run_id}")
+    row = journal.find(CommandRow, f"{ADJUSTMENTS}@{run_id}")
     if row is None:
         return ()
     try:

@@ -8,7 +8,6 @@ import time
 import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Final
 
 import structlog
 
@@ -19,14 +18,9 @@ from tolaria.export.source import Source, read_source
 from tolaria.filesystem import Filesystem, remove_quietly, write_durably
 from tolaria.journal.database import Journal
 from tolaria.journal.reader import read_journal
-from tolaria.journal.rows import BRANCH, CheckpointRow, CommandRow, RunRow
-from tolaria.run.adjustments import KIND as ADJUSTMENTS
-from tolaria.run.data_skips import KIND as DATA_SKIPS
+from tolaria.journal.rows import ADJUSTMENTS, BRANCH, DATA_SKIPS, CheckpointRow, CommandRow, RunRow
 from tolaria.run.health_record import Record
 from tolaria.values.lineage import BranchOrigin
-
-KIND: Final = BRANCH
-"""Kind of the one row of a branch, in the table of commands, that has its origin as JSON in its `reason`."""
 
 _log = structlog.get_logger(__name__)
 
@@ -77,7 +71,7 @@ def make_branch(directory: Path, point: str, target: Path) -> Branch:
 
 def branch_origin(journal: Journal, run_id: str) -> BranchOrigin | None:
     """Returns where a run has branched off; None if it is no branch, or its row cannot be read. Raises JournalError."""
-    row = journal.find(CommandRow, f"{KIND}@{run_id}")
+    row = journal.find(CommandRow, f"{BRANCH}@{run_id}")
     try:
         return None if row is None else BranchOrigin(**json.loads(row.reason))
     except (TypeError, ValueError) as error:
@@ -112,7 +106,7 @@ def _write(directory: Path, source: Source, place: Path, target: Path) -> Branch
             if (row := commands.get(f"{kind}@{manifest.run_id}")) is not None:
                 journal.put(replace(row, command_id=f"{kind}@{run_id}", run_id=run_id))
         said = json.dumps(asdict(origin))
-        journal.put(CommandRow(f"{KIND}@{run_id}", time.time_ns(), run_id, KIND, step, "applied", said))
+        journal.put(CommandRow(f"{BRANCH}@{run_id}", time.time_ns(), run_id, BRANCH, step, "applied", said))
     if source.settings:
         record = json.dumps({"run_id": run_id, "settings": source.settings}, indent=1).encode()
         write_durably(files, place / SETTINGS, [memoryview(record)])

@@ -23,9 +23,6 @@ from tolaria.run.status import RunStatus
 from tolaria.run.step_places import StepPlaces
 from tolaria.values.training import BatchRange, merged
 
-KIND: Final = DATA_SKIPS
-"""Kind of the one row of a run, in the table of commands, that has the skips as JSON in its `reason`."""
-
 SKIPS_MAX: Final = 1000
 """Skips of a run in all, and ranges of one of them."""
 
@@ -190,7 +187,13 @@ class DataSkips:
     def _row(self) -> CommandRow:
         status, saved = self._status, json.dumps([asdict(skip) for skip in self._skips.values()])
         return CommandRow(
-            f"{KIND}@{status.run_id}", time.time_ns(), status.run_id, KIND, status.global_step, "applied", saved
+            f"{DATA_SKIPS}@{status.run_id}",
+            time.time_ns(),
+            status.run_id,
+            DATA_SKIPS,
+            status.global_step,
+            "applied",
+            saved,
         )
 
 
@@ -204,7 +207,7 @@ def saved_skips(journal: Journal, run_id: str) -> tuple[DataSkip, ...]:
 
     Raises JournalError.
     """
-    row = journal.find(CommandRow, f"{KIND}@{run_id}")
+    row = journal.find(CommandRow, f"{DATA_SKIPS}@{run_id}")
     try:
         return () if row is None else tuple(_skip_of(each) for each in json.loads(row.reason))
     except (KeyError, TypeError, ValueError) as error:

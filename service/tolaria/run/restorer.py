@@ -154,7 +154,7 @@ def nothing_for(rollback: Rollback, points: Sequence[RestorePoint]) -> str:
 
 
 def _superseded(rollback: Rollback, points: Sequence[RestorePoint]) -> str:
-    """Returns which superseded checkpoint there is at or before a target step, and how to go back to it."""
+    """Returns which superseded checkpoint there is at or before the target step of an operator's rollback, if any."""
     step = rollback.target_step
     if step is None or rollback.automatic:
         return ""

@@ -10,7 +10,7 @@ from tolaria.trackers.records import METRICS_DIR, newest_position, surviving_poi
 from tolaria.values.lineage import Lineage
 
 READ_BYTES_MAX: Final = 2 * 2**20
-"""The newest part of the log that is read: about 10,000 points, in half a second."""
+"""The newest part of the log that is read: about 10,000 points."""
 
 _GENERAL: Final = {"train/loss": "loss", "validation/loss": "validation_loss", "validation/accuracy": "accuracy"}
 _KINDS: Final = {"train": "step", "validation": "evaluation", "lr": "rate"}

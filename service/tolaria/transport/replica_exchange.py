@@ -38,7 +38,7 @@ _PREPARED_MB_PER_S: Final = 50.0
 """At least that fast a machine allocates the memory of a replica, and computes its digests."""
 
 _FETCHED_MB_PER_S: Final = 4.0
-"""At least that fast a replica has to arrive; a tenth of what one core or a gigabit link does."""
+"""At least that fast a replica has to arrive: a third of a link of 100 Mbit/s."""
 
 _BACK_OFF_S: Final = 60.0
 _BACK_OFF_MAX_S: Final = 600.0

@@ -19,9 +19,9 @@ from support.lanes import FakeLane
 from support.runs import FakePeers, new_run, running, train_to
 from tolaria.errors import WrongStateError
 from tolaria.journal.async_journal import AsyncJournal
-from tolaria.journal.rows import CommandRow
+from tolaria.journal.rows import DATA_SKIPS, CommandRow
 from tolaria.lane.messages import SetSkippedRanges
-from tolaria.run.data_skips import KIND, DataSkips, saved_skips
+from tolaria.run.data_skips import DataSkips, saved_skips
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
 from tolaria.run.status import RunStatus
@@ -132,7 +132,7 @@ def test_skips_that_cannot_be_read_are_none(tmp_path: Any) -> None:
     from tolaria.journal.database import Journal
 
     with Journal(tmp_path / "journal") as journal:
-        journal.put(CommandRow(f"{KIND}@run", 1, "run", KIND, 0, "applied", json.dumps([{"skip_id": "a"}])))
+        journal.put(CommandRow(f"{DATA_SKIPS}@run", 1, "run", DATA_SKIPS, 0, "applied", json.dumps([{"skip_id": "a"}])))
         assert saved_skips(journal, "run") == ()
 
 

@@ -27,7 +27,7 @@ _log = structlog.get_logger(__name__)
 class ReplicaKeeper:
     """Keeps replicas of the newest snapshots on another machine, beside training. Used on the event loop only.
 
-    A snapshot is copied first, so that the lane overwrites it when it likes; what was overwritten meanwhile does not
+    A snapshot is copied first, so that the lane may overwrite it; a copy of what was overwritten meanwhile does not
     have its digest. The machine is one that takes part in the group: the first which has not refused a replica lately,
     or the one that keeps some already.
 

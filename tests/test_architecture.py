@@ -88,7 +88,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "security": ("certificates", "issuing", "limits", "tokens", "watched", "web_config"),
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),
     "service": (
-        "credentials", "foundation", "host", "listeners", "notify", "protection", "readiness", "reload",
+        "credentials", "expiry", "foundation", "host", "listeners", "notify", "protection", "readiness", "reload",
         "replicas", "settings_record", "start", "wiring",
     ),
     "signals": ("board", "futex", "lane_page", "lane_pulse", "layout", "mapping", "seqlock", "writers"),
@@ -101,8 +101,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "feed", "metrics_log", "mlflow", "process", "records", "supervision", "tensorboard", "tracker", "wandb",
     ),
     "transport": (
-        "lane_images", "lane_link", "lane_process", "lane_stacks", "nodes", "process_lane", "rendezvous",
-        "replica_exchange", "replicas",
+        "lane_end", "lane_images", "lane_link", "lane_process", "lane_stacks", "lane_start", "nodes", "process_lane",
+        "rendezvous", "replica_exchange", "replicas", "spare_lane",
     ),
     "values": (
         "encoding", "evaluation", "failure", "gradients", "lineage", "loss_window", "optimization", "seeds", "spans",

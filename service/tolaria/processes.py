@@ -65,14 +65,14 @@ class RestartPolicy:
 
 
 class ChildProcess:
-    """One running process. `on_stderr` is called with what it writes to standard error, if `keep_stderr` is set.
+    """One running process. `on_stderr`, which may be replaced, is called with what it writes there, if that is kept.
 
     `stdin` is the descriptor of the pipe to it, which this object closes.
     """
 
     def __init__(self, process: Process, stdin: int, on_stderr: Callable[[str], None]) -> None:
         self.process = process
-        self._on_stderr = on_stderr
+        self.on_stderr = on_stderr
         self._stdin: int | None = stdin
         self._stdout = BufferedByteReceiveStream(cast("ByteReceiveStream", process.stdout))
         self._stderr = TextReceiveStream(process.stderr, errors="replace") if process.stderr else None
@@ -163,7 +163,7 @@ class ChildProcess:
             with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
                 async for text in self._stderr:
                     self._stderr_tail.append(text[-_STDERR_CHARACTERS_MAX:])
-                    self._on_stderr(text)
+                    self.on_stderr(text)
         self._stderr_ended.set()
 
     async def _discard_stdout(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tolaria.errors import CheckpointDamagedError, CheckpointUnreadableError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.reader import read_journal
 from tolaria.journal.rows import (
+    BRANCH,
     LOCAL_KINDS,
     CheckpointRow,
     CommandRow,
@@ -25,6 +27,7 @@ from tolaria.journal.rows import (
     RollbackRow,
     RunRow,
 )
+from tolaria.values.lineage import BranchOrigin
 
 _KEPT = frozenset({"committed", "superseded"})
 
@@ -51,6 +54,7 @@ class PastRun:
         incidents: oldest first.
         commands: number of the controller's commands that were applied.
         settings: of its last process, by `section.field`; empty if they are not known.
+        branched_from: where it has begun in another run; None if it is no branch, or that cannot be read.
     """
 
     row: RunRow
@@ -61,6 +65,7 @@ class PastRun:
     incidents: tuple[RunIncident, ...]
     commands: int
     settings: Mapping[str, Any]
+    branched_from: BranchOrigin | None = None
 
     @property
     def name(self) -> str:
@@ -97,7 +102,7 @@ def read_runs(directory: Path) -> list[PastRun]:
             run,
             [row for row in checkpoints if row.run_id == run.run_id],
             incidents=[incident for run_id, incident in incidents if run_id == run.run_id],
-            commands=sum(row.run_id == run.run_id and _is_applied_command(row) for row in commands),
+            commands=[row for row in commands if row.run_id == run.run_id],
         )
         for run in runs
     ]
@@ -113,7 +118,7 @@ def _record(
     checkpoints: Sequence[CheckpointRow],
     *,
     incidents: Sequence[RunIncident],
-    commands: int,
+    commands: Sequence[CommandRow],
 ) -> PastRun:
     evaluated = next(
         (
@@ -131,9 +136,16 @@ def _record(
         metrics={} if provenance is None else dict(provenance.metrics),
         evaluated_step=-1 if provenance is None else provenance.evaluated_step,
         incidents=tuple(incidents),
-        commands=commands,
+        commands=sum(map(_is_applied_command, commands)),
         settings=_settings(directory, run.run_id),
+        branched_from=next((_origin(row) for row in commands if row.kind == BRANCH), None),
     )
+
+
+def _origin(row: CommandRow) -> BranchOrigin | None:
+    with suppress(TypeError, ValueError):
+        return BranchOrigin(**json.loads(row.reason))
+    return None
 
 
 def _manifest(directory: Path, row: CheckpointRow) -> Manifest | None:

@@ -61,11 +61,12 @@ import torch
 found = {"version": torch.__version__, "mps": torch.backends.mps.is_available()}
 found["cuda"] = torch.cuda.device_count() if torch.cuda.is_available() else 0
 try:
+    from tolaria.errors import JobError
     from tolaria.jobs.job import load_factory
     load_factory(sys.argv[1])
     found["job_error"] = ""
 except Exception as error:
-    found["job_error"] = f"{type(error).__name__}: {error}"
+    found["job_error"] = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
 print(json.dumps(found))
 """
 

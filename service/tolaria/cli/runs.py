@@ -188,7 +188,7 @@ def _find(records: Sequence[PastRun], wanted: str) -> PastRun:
 
 def _summary(record: PastRun) -> dict[str, Any]:
     """Returns what is known of a run in a few lines; times are ISO 8601 in UTC."""
-    row, newest = record.row, record.newest
+    row, newest, origin = record.row, record.newest, record.branched_from
     return {
         "run_id": row.run_id,
         "name": record.name,
@@ -197,6 +197,7 @@ def _summary(record: PastRun) -> dict[str, Any]:
         "began": _iso(row.at_ns),
         "ended": None if row.ended_at_ns is None else _iso(row.ended_at_ns),
         "outcome": record.outcome,
+        "branched_from": None if origin is None else f"step {origin.global_step} of run {origin.run_id}",
         "epoch": 0 if newest is None else newest.epoch,
         "step": 0 if newest is None else newest.global_step,
         "metrics": dict(record.metrics),

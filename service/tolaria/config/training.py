@@ -221,6 +221,13 @@ class LaneSettings(Section):
     restart_pause_max_s: Seconds = 60.0
     """Longest pause. 60: a full device or a missing mount may come back."""
 
+    spare_after_s: SecondsOrZero = 30.0
+    """Time that a lane has trained before another process imports PyTorch, to take its place if it dies. 0: never.
+
+    It saves most of a restart, and takes some 250 MB, more with CUDA, of at least 2 GiB that must be left for each
+    rank; not with several machines. 30: a job that fails, fails before.
+    """
+
     @property
     def nodes_min(self) -> int:
         """Fewest machines that train."""

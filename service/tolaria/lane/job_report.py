@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -21,6 +21,7 @@ from tolaria.jobs import IntervalCursor, StatefulJob, TensorCursor, TrainModeJob
 from tolaria.lane.build import BuiltLane, build
 from tolaria.lane.device import limit_threads
 from tolaria.lane.evaluation import evaluate
+from tolaria.lane.job_callbacks import PART
 from tolaria.lane.profiling import Region
 from tolaria.lane.step import train_step
 from tolaria.lane.train_module import TrainModule
@@ -65,9 +66,9 @@ def report(settings: Settings, steps: int) -> tuple[list[Row], tuple[str, ...]]:
     module = built.module
     rows = [*_model_rows(built), *_data_rows(module)]
     rows += _step_rows(module, steps)
-    rows += _evaluation_rows(module)
-    rows += _restore_rows(built, settings)
-    return [*rows, ("resumed", _resumed(module))], built.notes
+    figures, text = _evaluated(module)
+    rows += [("evaluation", text), *_restore_rows(built, settings), ("resumed", _resumed(module))]
+    return rows, (*built.notes, *_absent_metrics(settings, figures))
 
 
 def _model_rows(built: BuiltLane) -> Iterator[Row]:
@@ -158,7 +159,8 @@ def _train(module: TrainModule, regions: _Regions | None = None) -> tuple[float,
     raise AssertionError("an epoch without a step has been refused before")
 
 
-def _evaluation_rows(module: TrainModule) -> Iterator[Row]:
+def _evaluated(module: TrainModule) -> tuple[Collection[str], str]:
+    """Returns the names of what an evaluation finds, and what it was."""
     places, started_s = list[int](), time.monotonic()
 
     def goes_on(place: int) -> bool:
@@ -168,13 +170,23 @@ def _evaluation_rows(module: TrainModule) -> Iterator[Row]:
     found = evaluate(module, goes_on=goes_on)
     module.train_mode()
     if found is None or not found.samples:
-        yield "evaluation", "none: the job gives no sample to evaluate"
-        return
+        return (), "none: the job gives no sample to evaluate"
     figures = ", ".join(f"{name} {value:.4g}" for name, value in found.figures().items())
     took = time_text(time.monotonic() - started_s)
     samples = sum(one.samples for one in found.sets.values()) or found.samples
     names = f" of {', '.join(found.sets)}" if found.sets else ""
-    yield "evaluation", f"{samples} samples in {len(places)} batches{names}, {took}; after these steps: {figures}"
+    text = f"{samples} samples in {len(places)} batches{names}, {took}; after these steps: {figures}"
+    return tuple(found.figures()), text
+
+
+def _absent_metrics(settings: Settings, figures: Collection[str]) -> Iterator[str]:
+    """Yields sentences about settings that name what the evaluation has not found; a later one may find it."""
+    checkpoint, named = settings.checkpoint, {"early_stopping.metric": settings.early_stopping.metric}
+    if checkpoint.best != "accuracy" and not checkpoint.best_of_training:  # accuracy means the loss where none is
+        named["checkpoint.best"] = checkpoint.best_name
+    for setting, metric in named.items():
+        if metric and figures and metric not in figures:
+            yield f"{setting} is {metric}, which this evaluation has not found; there are {', '.join(sorted(figures))}"
 
 
 def _restore_rows(built: BuiltLane, settings: Settings) -> Iterator[Row]:
@@ -204,6 +216,8 @@ def _resumed(module: TrainModule) -> str:
     parts = ["model", "optimizer", "learning rates", "random numbers", "place in the data"]
     if isinstance(module.job, StatefulJob):
         parts.append("the job's own state")
+    if kept := [name.removeprefix(PART) for name in module.callbacks.parts]:
+        parts.append(f"the state of {', '.join(kept)}")
     if isinstance(module.job, TrainModeJob):
         parts.append("the modes that train_mode sets")
     text = ", ".join(parts)

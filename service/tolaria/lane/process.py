@@ -47,10 +47,10 @@ def serve(connection_descriptor: int, page_descriptor: int) -> int:
     connection.setblocking(True)
     forks.keep_private(connection.fileno())
     stream = FrameStream(connection)
+    # Imports torch, which takes seconds: before the order, so that a process that waits for one has done it.
+    host = importlib.import_module("tolaria.lane.hosting").host
     received = _received(stream)
     settings = Settings.model_validate(json.loads(received.order.settings))
-    # Only now, since it imports torch, which takes seconds.
-    host = importlib.import_module("tolaria.lane.hosting").host
     return int(host(stream, received, settings, LanePage(Segment(0, page_descriptor))))
 
 

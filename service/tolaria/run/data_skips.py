@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import uuid
 from collections.abc import Sequence
@@ -93,6 +94,11 @@ class DataSkips:
         if ranges := self.ranges:
             self._lane.submit(SetSkippedRanges(ranges))
 
+    @property
+    def _last_epoch(self) -> float:
+        """Where the run ends; without a bound if that is by steps, or is behind it."""
+        return math.inf if self._status.steps else max(self._status.epochs, self._status.epoch)
+
     def ranges_of_steps(self, first: int, last: int) -> tuple[BatchRange, ...]:
         """Returns the batches of steps, as `StepPlaces.of` knows them.
 
@@ -106,7 +112,12 @@ class DataSkips:
             raise InvalidFieldError("to_step", f"must not be less than from_step, {first}, is {last}")
         if last - first >= STEPS_MAX:
             raise InvalidFieldError("to_step", f"one request names at most {STEPS_MAX} steps, these are more")
+        if (end := self._status.steps) and first > end:
+            raise InvalidFieldError("from_step", f"the run ends after step {end}, there is no step {first}")
         found = merged(self.places.of(step) for step in range(first, last + 1))
+        if found[0].epoch > self._last_epoch:
+            ends = f"the run ends after epoch {self._last_epoch}, step {first} would be in epoch {found[0].epoch}"
+            raise InvalidFieldError("from_step", ends)
         if len(found) > SKIPS_MAX:
             raise InvalidFieldError("to_step", f"the steps have {len(found)} ranges of batches, at most {SKIPS_MAX}")
         return found
@@ -115,6 +126,8 @@ class DataSkips:
         """Returns batches by their places, all ends included. Raises InvalidFieldError if no epoch has the first."""
         if epoch < 1:
             raise InvalidFieldError("epoch", "is counted from 1")
+        if epoch > self._last_epoch:
+            raise InvalidFieldError("epoch", f"the run ends after epoch {self._last_epoch}, there is no epoch {epoch}")
         if not first <= last < _PLACE_MAX:
             raise InvalidFieldError("to_batch", f"must not be less than from_batch, {first}, is {last}")
         if (end := self.places.epoch_batches) and first >= end:

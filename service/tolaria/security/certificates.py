@@ -53,10 +53,14 @@ class TlsFiles:
             require_authorities(authorities, setting, self.authorities)
         return Identity(chain, key, authorities), [path for path in (self.cert, self.key, self.authorities) if path]
 
+    def validity(self) -> Validity:
+        """Reads when the certificate is valid. Raises CredentialsError."""
+        setting = f"{self.section}.tls_cert"
+        return Validity.of(read_file(self.cert, setting), setting, self.cert)
+
     def expiry_warning(self, now: datetime) -> str:
         """Returns a sentence about a certificate that has expired or soon will; else nothing. Reads the file."""
-        setting = f"{self.section}.tls_cert"
-        return expiry_warning(read_file(self.cert, setting), setting, self.cert, now) if self.cert else ""
+        return self.validity().warning(f"{self.section}.tls_cert", self.cert, now) if self.cert else ""
 
     def _require_pair(self) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -93,21 +97,39 @@ def require_authorities(content: bytes, setting: str, path: str) -> None:
         raise CredentialsError(setting, path, "it holds no certificates in PEM") from None
 
 
-def expiry_warning(chain: bytes, setting: str, path: str, now: datetime) -> str:
-    """Returns a sentence if the first certificate of a chain is not valid now or expires soon; else nothing."""
-    from cryptography import x509  # noqa: PLC0415 - 70 ms, for those who use TLS only
+@dataclass(frozen=True, slots=True)
+class Validity:
+    """When a certificate is valid; both times are in UTC."""
 
-    try:
-        leaf = x509.load_pem_x509_certificate(chain)
-    except ValueError:
-        raise CredentialsError(setting, path, "it holds no certificate in PEM") from None
-    if now < leaf.not_valid_before_utc:
-        return f"{setting}: {path} is valid from {leaf.not_valid_before_utc:%Y-%m-%d %H:%M} UTC on only"
-    if now >= leaf.not_valid_after_utc:
-        return f"{setting}: {path} expired on {leaf.not_valid_after_utc:%Y-%m-%d %H:%M} UTC; clients refuse it"
-    if now >= leaf.not_valid_after_utc - EXPIRES_SOON:
-        return f"{setting}: {path} expires on {leaf.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
-    return ""
+    begins: datetime
+    ends: datetime
+
+    @classmethod
+    def of(cls, chain: bytes, setting: str, path: str) -> Validity:
+        """Returns that of the first certificate of a chain in PEM. Raises CredentialsError if there is none."""
+        from cryptography import x509  # noqa: PLC0415 - 70 ms, for those who use TLS only
+
+        try:
+            leaf = x509.load_pem_x509_certificate(chain)
+        except ValueError:
+            raise CredentialsError(setting, path, "it holds no certificate in PEM") from None
+        return cls(leaf.not_valid_before_utc, leaf.not_valid_after_utc)
+
+    @property
+    def renewal_due(self) -> datetime:
+        """Since when it should have been renewed: two weeks before its end, later if it does not last ten weeks.
+
+        Those that are renewed by themselves, every day or hour, are renewed before the last fifth of their time.
+        """
+        return self.ends - min(EXPIRES_SOON, (self.ends - self.begins) / 5)
+
+    def warning(self, setting: str, path: str, now: datetime) -> str:
+        """Returns a sentence if it is not valid at this time, or is due for renewal; else nothing."""
+        if now < self.begins:
+            return f"{setting}: {path} is valid from {self.begins:%Y-%m-%d %H:%M} UTC on only"
+        if now >= self.ends:
+            return f"{setting}: {path} expired on {self.ends:%Y-%m-%d %H:%M} UTC; the other side refuses it"
+        return f"{setting}: {path} expires on {self.ends:%Y-%m-%d %H:%M} UTC" if now >= self.renewal_due else ""
 
 
 def now_utc() -> datetime:

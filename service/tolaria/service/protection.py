@@ -5,26 +5,22 @@ from __future__ import annotations
 import resource
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import anyio
-import anyio.to_thread
-import structlog
 
 from tolaria.config import PeerSettings, ServerSettings, Settings
-from tolaria.errors import CredentialsError
 from tolaria.peers.connect import Peer, tls_files
 from tolaria.rpc.callers import CallerInterceptor
 from tolaria.security import web_config
-from tolaria.security.certificates import Identity, TlsFiles, now_utc
+from tolaria.security.certificates import Identity, TlsFiles
 from tolaria.security.limits import CallerLimits, CallLimits
 from tolaria.security.tokens import Tokens
 from tolaria.security.watched import WatchedFiles, watch
 from tolaria.security.web_config import WebConfig
+from tolaria.service.expiry import CertificateExpiry
 from tolaria.telemetry.metrics import Metrics
 from tolaria.telemetry.web_server import WebGuard
-
-_EXPIRY_S: Final = 12 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +30,7 @@ class Protection:
     tls: WatchedFiles[Identity] | None
     tokens: WatchedFiles[Tokens] | None
     interceptor: CallerInterceptor
-    files: TlsFiles
+    expiry: CertificateExpiry
     web: WatchedFiles[WebConfig] | None
     guard: WebGuard
     limits: CallerLimits
@@ -49,8 +45,7 @@ class Protection:
         watched = [files for files in (self.tls, self.tokens, self.web) if files is not None]
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch, *watched)
-            if self.tls is not None:
-                tasks.start_soon(_warn_of_expiry, self.files)
+            tasks.start_soon(self.expiry.keep_current)
 
 
 def protected(settings: Settings, metrics: Metrics) -> Protection:
@@ -67,8 +62,9 @@ def protected(settings: Settings, metrics: Metrics) -> Protection:
         tokens = WatchedFiles("server.tokens", lambda: Tokens.read(server.tokens), on_failure=failed)
     limits = CallerLimits(_call_limits(server))
     peers: tuple[tuple[Peer, PeerSettings], ...] = (("tamiyo", settings.tamiyo), ("kasmina", settings.kasmina))
-    for peer, section in peers:
-        tls_files(peer, section).read()  # a mistake is found now rather than after the job has been built
+    identities = {"server.tls_cert": files} | {f"{each}.tls_cert": tls_files(each, section) for each, section in peers}
+    for peer in ("tamiyo", "kasmina"):
+        identities[f"{peer}.tls_cert"].read()  # a mistake is found now rather than after the job has been built
     interceptor = CallerInterceptor(tokens, limits, metrics)
     path = settings.metrics.web_config
     web = WatchedFiles(web_config.SETTING, lambda: WebConfig.read(path), on_failure=failed) if path else None
@@ -81,7 +77,14 @@ def protected(settings: Settings, metrics: Metrics) -> Protection:
     for setting, watched in named:
         if watched is not None:
             metrics.server_credentials_current.labels(setting).set_function(partial(_is_current, watched))
-    return Protection(tls, tokens, interceptor, files, web, guard, limits)
+
+    def certificates() -> dict[str, TlsFiles]:
+        found = {setting: identity for setting, identity in identities.items() if identity.cert}
+        if web is not None and web.value.tls is not None:
+            found[web_config.SETTING] = web.value.tls
+        return found
+
+    return Protection(tls, tokens, interceptor, CertificateExpiry(certificates, metrics), web, guard, limits)
 
 
 def _is_current(watched: WatchedFiles[Any]) -> bool:
@@ -106,14 +109,3 @@ def forbid_core_files(settings: Settings) -> None:
         return
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (1 if hard else 0, hard))
-
-
-async def _warn_of_expiry(files: TlsFiles) -> None:
-    log = structlog.get_logger(__name__)
-    while True:
-        try:
-            if warning := await anyio.to_thread.run_sync(files.expiry_warning, now_utc(), abandon_on_cancel=True):
-                log.warning("certificate_expires", detail=warning)
-        except CredentialsError as error:  # being replaced: the one in use stays in force
-            log.warning("certificate_expiry_unknown", detail=str(error))
-        await anyio.sleep(_EXPIRY_S)

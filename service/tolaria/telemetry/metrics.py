@@ -400,6 +400,12 @@ class Metrics:
         self.server_credentials_current = self._gauge(
             "server.credentials_current", "0: the newest files of this setting cannot be used.", ["setting"]
         )
+        self.server_certificate_expires = self._gauge(
+            "server.certificate_expires_timestamp_seconds", "When the certificate of this setting expires.", ["setting"]
+        )
+        self.server_certificate_renewal_due = self._gauge(
+            "server.certificate_renewal_due", "1: it expires in 14 days, or in 1/5 of its time, at most.", ["setting"]
+        )
         self.config_last_reload_successful = self._gauge(
             "config.last_reload_successful", "0: the settings were wrong when they were read again last."
         )

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import socket
-import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Final, Protocol
 
 import anyio
@@ -21,25 +15,26 @@ import structlog
 from anyio.abc import TaskGroup
 
 from tolaria.cgroups import oom_kills
-from tolaria.config import Settings, child_environment
-from tolaria.config.ranks import PEER_LOST, RAISED, RANK_ENDED, RANK_RAISED
+from tolaria.config import Settings
+from tolaria.config.ranks import PEER_LOST, RANK_ENDED
 from tolaria.errors import ChildFailedError, LaneFailedError, TolariaError
 from tolaria.images import StateImage
 from tolaria.lane.encoding import to_bytes
 from tolaria.lane.order import LaneOrder, RestorePlan
-from tolaria.processes import ChildCommand, ChildProcess, ChildSupervisor, RestartPolicy
+from tolaria.processes import ChildProcess, ChildSupervisor, RestartPolicy
 from tolaria.ranks.liveness import Standstill
 from tolaria.segments import allow_descriptors, segments_frames, share
 from tolaria.signals.lane_page import SILENT_ENDS_S, LanePage
+from tolaria.transport.lane_end import LaneEnd, kill_group
 from tolaria.transport.lane_images import HeldSegments
 from tolaria.transport.lane_link import LaneLink
 from tolaria.transport.lane_stacks import LaneStacks
+from tolaria.transport.lane_start import StartedLane, accept_lane, connected, lane_command
 from tolaria.transport.nodes import Formation
 from tolaria.transport.rendezvous import Rendezvous
+from tolaria.transport.spare_lane import SpareLane
 from tolaria.wire import Frame, FrameKind, packed_id
 
-PROGRAM: Final = (sys.executable, "-m", "tolaria.lane")
-GROUP_PROGRAM: Final = (sys.executable, "-m", "tolaria.ranks.agent")
 _START_S: Final = 60.0
 _STOP_S: Final = 2.0
 _LIVED_S: Final = 60.0
@@ -51,15 +46,9 @@ _AGENT_ENDS_S: Final = 3.0  # which finds out what rank has failed
 _THAWED_S: Final = 30.0
 _LAST_FRAMES_S: Final = 2.0
 _LINE_MAX: Final = 2000
-_LINES_KEPT: Final = 200
-_LINES_SHOWN: Final = 5
 _CHECKPOINT_ID: Final = 1
 _NO_CAUSES: Final = ("Extension modules:", "[W")
 """How lines begin that say nothing about an end: the last one of a crash, and warnings of torch's sockets."""
-
-_CRASHES: Final = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP}
-"""Signals that a process gets by what it does; others come from outside."""
-
 
 _log = structlog.get_logger(__name__)
 
@@ -104,7 +93,7 @@ class LaneProcess(ChildSupervisor):
     ) -> None:
         lane = settings.lane
         super().__init__(
-            ChildCommand("lane", (), child_environment(settings, secrets=False), keep_stderr=True),
+            lane_command(settings),
             restarts=RestartPolicy(
                 pause_s=lane.restart_pause_s, pause_s_max=lane.restart_pause_max_s, lived_s=_LIVED_S
             ),
@@ -113,6 +102,7 @@ class LaneProcess(ChildSupervisor):
         )
         allow_descriptors()
         self._settings = settings
+        self._spare = SpareLane(settings, _START_S)
         self._segments = segments
         self._owner = owner
         self._rendezvous = rendezvous
@@ -124,7 +114,7 @@ class LaneProcess(ChildSupervisor):
         self.link: LaneLink | None = None
         self.wanted = False
         self._tasks: TaskGroup | None = None
-        self._end = _End()
+        self._end = LaneEnd()
         self._line = ""
         self._build_s = math.inf
 
@@ -190,6 +180,8 @@ class LaneProcess(ChildSupervisor):
         if self._build_s == math.inf:
             self._build_s = max(3 * self._end.age_s, self._settings.emergency.phase_timeout_s)
         self._end.building = False
+        if self._tasks is not None and self._rendezvous is None:
+            self._tasks.start_soon(self._spare.keep, self._lives(self.generation), self._recount)
 
     def ends(self, raised: str = "") -> None:
         """Handles the process's last message: it exits now, after the exception `raised` if there is one."""
@@ -218,6 +210,13 @@ class LaneProcess(ChildSupervisor):
         if self._tasks is not None and self._child is not None:
             self._tasks.start_soon(self._stacks.dump, self.pid, why)
 
+    def _lives(self, generation: int) -> Callable[[], bool]:
+        return lambda: self.generation == generation and self.link is not None and self.wanted
+
+    async def _recount(self) -> None:
+        """Leaves out of the lane's causes what has ended another process for want of memory."""
+        self._end.out_of_memory = await anyio.to_thread.run_sync(oom_kills)
+
     def _kill(self) -> None:
         if self._child is not None:  # else another process may have its id
             kill_group(self.pid)
@@ -226,8 +225,7 @@ class LaneProcess(ChildSupervisor):
 
     def accept(self, announcement: Mapping[str, Any]) -> None:
         """Refuses anything but {"lane": its process id}."""
-        if not isinstance(announcement["lane"], int):
-            raise TypeError("not a process id")
+        accept_lane(announcement)
 
     def on_started(self) -> None:
         """Logs the process."""
@@ -260,38 +258,28 @@ class LaneProcess(ChildSupervisor):
 
     async def _start(self) -> ChildProcess:
         with Formation() if self._rendezvous is None else await self._rendezvous.form() as formation:
-            self.page, self._end = LanePage.create(), _End(await anyio.to_thread.run_sync(oom_kills))
-            child, ours = await self._spawn(self.page, formation)
-        self.generation += 1
-        self.link = LaneLink(ours, self._owner.on_frames)
+            self._end = LaneEnd(await anyio.to_thread.run_sync(oom_kills))
+            started = await self._spawn(formation)
+        self.generation, self.page = self.generation + 1, started.page
+        self.link = LaneLink(started.connection, self._owner.on_frames)
         if self._tasks is not None:
             self._tasks.start_soon(self.link.serve)
         if self._rendezvous is not None:
             self._rendezvous.start(formation, self.generation)
         await self._send_order(self.link)
-        return child
+        return started.child
 
-    async def _spawn(self, page: LanePage, formation: Formation) -> tuple[ChildProcess, socket.socket]:
-        """Starts the process; returns it and this side of the connection to it."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        stdout = os.dup(1)
-        try:
-            descriptors = {"connection": theirs.fileno(), "page": page.segment.descriptor, "stdout": stdout}
-            descriptors |= formation.descriptors
-            arguments = [f"--{name}={descriptor}" for name, descriptor in descriptors.items()]
-            program = (*self._program(), *formation.arguments, f"--service-pid={os.getpid()}", *arguments)
-            self.command = replace(self.command, arguments=program, descriptors=tuple(descriptors.values()))
-            return await super().start(), ours
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(stdout)
-
-    def _program(self) -> tuple[str, ...]:
-        lane = self._settings.lane
-        return (*GROUP_PROGRAM, f"--processes={lane.processes}") if lane.mode == "torchrun" else PROGRAM
+    async def _spawn(self, formation: Formation) -> StartedLane:
+        """Starts the process that waits already, if there is one, or else another."""
+        spare = await self._spare.take() if self._rendezvous is None else None
+        if spare is not None:
+            self._child, self.pid = spare.child, spare.child.process.pid
+            spare.child.on_stderr = self.on_stderr  # what it has written before says nothing about the lane
+            return spare
+        page = LanePage.create()
+        with connected(page, self._settings.lane, formation) as place:
+            self.command = replace(self.command, arguments=place.arguments, descriptors=place.descriptors)
+            return StartedLane(await super().start(), page, place.connection)
 
     async def _send_order(self, link: LaneLink) -> None:
         plan, image = await self._owner.next_plan()
@@ -339,101 +327,9 @@ class LaneProcess(ChildSupervisor):
                 _log.info("rank_recovered", generation=self.generation, detail=f"its stacks were {end.stacks}")
                 end.stacks = ""  # a later end has another cause
 
-    async def _end_silent(self, end: _End, why: str, still: Callable[[], float] = lambda: 1.0) -> None:
+    async def _end_silent(self, end: LaneEnd, why: str, still: Callable[[], float] = lambda: 1.0) -> None:
         """Dumps the stacks of a process and kills it, unless it is not `still` silent."""
         stacks = await self._stacks.dump(self.pid, why)
         if end is self._end and still() > 0:  # the signal may have ended a wait
             end.silent, end.stacks = why, stacks
             kill_group(self.pid)
-
-
-@dataclass(slots=True)
-class _End:
-    """How a process ends, as far as it is known. `out_of_memory` counts the kills before its start.
-
-    `stacks` says where the ranks were when one gave no heartbeat, `batch` which one the lane took last before
-    `recovers_s`, when that rank has ended unless it gives heartbeats again; `lost` says which machine of the group has
-    gone, `regrouped` that one is taken in, `code_elsewhere` how ranks on another machine have ended.
-    """
-
-    out_of_memory: int = 0
-    started_s: float = field(default_factory=time.monotonic)
-    without_memory: bool = False
-    building: bool = True
-    exits_by_s: float = math.inf
-    code: int | None = None
-    code_elsewhere: int | None = None
-    lost: str = ""
-    regrouped: bool = False
-    fault: str = ""
-    silent: str = ""
-    stacks: str = ""
-    batch: tuple[int, int] | None = None
-    recovers_s: float = math.inf
-    ranks: tuple[int, ...] = ()
-    raised: str = ""
-    lines: deque[str] = field(default_factory=lambda: deque(maxlen=_LINES_KEPT))
-
-    @property
-    def age_s(self) -> float:
-        """Seconds since the start of the process."""
-        return time.monotonic() - self.started_s
-
-    def still_building(self) -> float:
-        """Returns 1 until the lane is built, then 0."""
-        return float(self.building)
-
-    def goes_on(self, batch: tuple[int, int] | None) -> bool:
-        """Whether the lane, which takes this batch now, has gone on after the end of a rank was due: with that rank."""
-        if time.monotonic() < self.recovers_s:
-            self.batch = batch
-        return batch != self.batch
-
-    def described(self, detail: str) -> tuple[str, str]:
-        """Returns the kind and the cause of the end, with the last lines of its standard error, or where it crashed."""
-        killed = self.code is not None and self.code < 0
-        detail, shown = self._shown(detail, killed)
-        said = next((line for line in reversed(self.lines) if RANK_RAISED.match(line)), "")
-        if self.regrouped:
-            found = "regrouped", "the group starts again with another machine"
-        elif self.lost:
-            found = "node_lost", self.lost
-        elif self.raised or said or self.code == RAISED:
-            found = "raised", self.raised or said or shown
-        elif self.silent:
-            found = "silent", f"{self.silent}; it {detail}"
-        elif self.fault:
-            found = "connection", f"{self.fault}; it {detail}"
-        elif self.without_memory:
-            found = "out_of_memory", f"the cgroup is out of memory; it {detail}"
-        elif killed and -(self.code or 0) in _CRASHES:
-            found = "crashed", f"it {detail}"
-        else:
-            found = ("killed" if killed else "exited"), f"it {detail}"
-        return (found[0], f"{found[1]}; {self.stacks}") if self.stacks else found
-
-    def _shown(self, detail: str, killed: bool) -> tuple[str, str]:
-        """Returns how the process has ended, followed by the lines that say why; and these alone."""
-        crash = next((n for n, line in enumerate(self.lines) if line.startswith("Current thread")), -_LINES_SHOWN)
-        shown = "\n".join([*self.lines][crash:][:_LINES_SHOWN]).strip()
-        if killed and self.code == -signal.SIGKILL:
-            shown = ""  # what the process has written before says nothing about that
-        ends = next((line for line in reversed(self.lines) if RANK_ENDED.match(line)), "")  # as the agent says it
-        shown = "\n".join(text for text in (ends, shown.replace(ends, "").strip()) if text)
-        detail = detail.partition(": ")[0] if self.code_elsewhere is None else f"ended with code {self.code_elsewhere}"
-        detail += f": {shown}" if shown else ""
-        if killed:
-            detail = detail.replace(f"ended with code {self.code}", f"was killed by {_signal_name(-(self.code or 0))}")
-        return detail, shown
-
-
-def _signal_name(number: int) -> str:
-    with suppress(ValueError):
-        return signal.Signals(number).name
-    return f"signal {number}"
-
-
-def kill_group(pid: int) -> None:
-    """Kills a process that leads its group, and what it has started."""
-    with suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)

@@ -30,7 +30,7 @@ def quick_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces the look at torch, which takes seconds: a CPU, and no job but digits."""
 
     def look(job: str) -> TorchFound:
-        return TorchFound("2", 0, mps=False, job_error="" if job == "digits" else f"UnknownJobError: {job}")
+        return TorchFound("2", 0, mps=False, job_error="" if job == "digits" else f"there is no job {job}")
 
     monkeypatch.setattr(doctor, "look_at_torch", look)
 
@@ -221,3 +221,11 @@ def test_an_address_that_a_start_refuses_is_in_the_way() -> None:
     assert findings["protection"].verdict is Verdict.FAILED
     assert "server.insecure" in findings["protection"].advice
     assert "protection" not in found("server.listen=0.0.0.0:0", "server.insecure=true")
+
+
+def test_a_job_that_is_not_there_is_named_without_the_class_of_the_error() -> None:
+    """As `tolaria serve` says it."""
+    found = really_look("nope")
+    assert found is not None
+    assert "nope" in found.job_error
+    assert "Error" not in found.job_error

@@ -116,3 +116,23 @@ def test_settings_that_serve_refuses_are_refused(setting: str, words: str) -> No
     """With its message, and exit code 2."""
     checked = CliRunner().invoke(app, ["check-job", "digits", "--set", setting])
     assert (checked.exit_code, words in checked.output) == (2, True), checked.output
+
+
+def test_metrics_that_no_evaluation_has_are_pointed_out() -> None:
+    """Such as those of weight averages that are not kept; and callbacks with a state are among what is resumed."""
+    from tolaria.config import Settings
+    from tolaria.lane.job_report import report
+
+    settings = Settings.model_validate(
+        {
+            "training": {"threads": 1, "job": "support.practice_jobs:Called"},
+            "checkpoint": {"best": "ema/loss:min"},
+            "early_stopping": {"metric": "f1", "mode": "max"},
+        }
+    )
+    rows, notes = report(settings, 1)
+    assert [note.partition(", which")[0] for note in notes if "has not found" in note] == [
+        "early_stopping.metric is f1",
+        "checkpoint.best is ema/loss",
+    ]
+    assert "the state of Recorder" in dict(rows)["resumed"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from tolaria.checkpoint.storage import open_storage
 from tolaria.checkpoint.store import Retention
 from tolaria.cli.commands import app
 from tolaria.config import Settings, load_settings
-from tolaria.journal.rows import CommandRow, EmergencyRow, FaultRow, RollbackRow, RunRow
+from tolaria.journal.rows import BRANCH, CommandRow, EmergencyRow, FaultRow, RollbackRow, RunRow
 from tolaria.service import settings_record
+from tolaria.values.lineage import BranchOrigin
 
 runner = CliRunner()
 
@@ -36,6 +38,8 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for epoch, accuracy in ((1, 0.7), (2, 0.9), (3, 0.8)):
             provenance = Provenance(metrics={"accuracy": accuracy, "loss": 0.5}, evaluated_step=10 * epoch)
             storage.checkpoints.write(small_image(10 * epoch, epoch), metric=accuracy, provenance=provenance)
+        origin = BranchOrigin("9f00", "000000000004-x", 4, "d", "/elsewhere")
+        journal.put(CommandRow("branch@aa11", 1001 * S, "aa11", BRANCH, 4, "applied", json.dumps(asdict(origin))))
         for key, kind in (
             ("c1", "seed"),
             ("c2", "adjust"),
@@ -97,6 +101,13 @@ def test_a_run_is_shown_with_all_epochs_that_were_saved(state: Path) -> None:
     assert '  optimizer.policy = "cosine"' in text
     assert "hush" not in text
     assert "training.epochs" not in text
+
+
+def test_a_branch_says_where_it_has_begun(state: Path) -> None:
+    """The run and its step; a run that is no branch says so, too."""
+    shown = [line.split(maxsplit=2)[2:] for line in run(state, "show", "aa11").splitlines() if "branched" in line]
+    assert shown == [["step 4 of run 9f00"]]
+    assert as_json(state, "show", "ab22")["branched_from"] is None
 
 
 def test_commands_are_those_of_the_controller(state: Path) -> None:

@@ -17,7 +17,7 @@ from support.jobs import GatedJob
 from support.lane_driver import DrivenLane, built
 from support.lanes import FakeLane
 from support.runs import FakePeers, new_run, running, train_to
-from tolaria.errors import WrongStateError
+from tolaria.errors import InvalidFieldError, WrongStateError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.rows import DATA_SKIPS, CommandRow
 from tolaria.lane.messages import SetSkippedRanges
@@ -146,3 +146,21 @@ def test_steps_are_not_known_before_the_job_is_built() -> None:
         skips.ranges_of_steps(1, 2)
     skips.places.begin(EpochProgress(), 0, 10)
     assert skips.ranges_of_steps(9, 12) == (BatchRange(1, 8, 9), BatchRange(2, 0, 1))
+
+
+def test_what_the_run_does_not_reach_is_refused() -> None:
+    """A step or an epoch after the end is a typing error; of a range that reaches beyond it, the rest is left out."""
+    status = RunStatus("run", "job", "", 2, 0.0)
+    skips = DataSkips(
+        LaneClient(FakeLane()), status, cast("AsyncJournal", None), RunObserver(), saved=(), places=StepPlaces(1)
+    )
+    skips.places.begin(EpochProgress(), 0, 10)
+    assert skips.ranges_of_steps(20, 25) == (BatchRange(2, 9, 9), BatchRange(3, 0, 4))
+    with pytest.raises(InvalidFieldError, match="ends after epoch 2, step 21 would be in epoch 3"):
+        skips.ranges_of_steps(21, 21)
+    with pytest.raises(InvalidFieldError, match="there is no epoch 3"):
+        skips.batches_of_epoch(3, 0, 1)
+    status.steps = 15
+    with pytest.raises(InvalidFieldError, match="ends after step 15, there is no step 16"):
+        skips.ranges_of_steps(16, 16)
+    assert skips.batches_of_epoch(3, 0, 1) == (BatchRange(3, 0, 1),)

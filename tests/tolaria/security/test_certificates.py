@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import serialization
 
 from support.security import Pki, key_of
 from tolaria.errors import CredentialsError
-from tolaria.security.certificates import Identity, TlsFiles, expiry_warning, now_utc
+from tolaria.security.certificates import Identity, TlsFiles, Validity, now_utc
 from tolaria.security.issuing import Issuer, lasts
 
 
@@ -56,17 +56,28 @@ def test_wrong_files_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_expiry_is_announced(tmp_path: Path) -> None:
-    """Two weeks before, and afterwards; and a certificate that is not valid yet."""
+    """In the last fifth of its time, and afterwards; and a certificate that is not valid yet."""
     certificate, now = Pki(tmp_path).server(), now_utc()
 
     def warning(days: int) -> str:
-        return expiry_warning(certificate.read_bytes(), "server.tls_cert", "f", now + timedelta(days=days))
+        validity = Validity.of(certificate.read_bytes(), "server.tls_cert", "f")
+        return validity.warning("server.tls_cert", "f", now + timedelta(days=days))
 
     assert warning(0) == ""
-    assert warning(17).startswith("server.tls_cert: f expires on ")
+    assert warning(23) == ""
+    assert warning(25).startswith("server.tls_cert: f expires on ")
     assert warning(31).startswith("server.tls_cert: f expired on ")
     assert "from " in warning(-1)
     assert files(certificate).expiry_warning(now) == ""
+
+
+@pytest.mark.parametrize(("lasts", "before"), [(365, 14.0), (90, 14.0), (30, 6.0), (1, 0.2), (1 / 24, 0.2 / 24)])
+def test_renewal_is_due_before_the_end_but_not_before_others_renew(lasts: float, before: float) -> None:
+    """Those that last a day or an hour are renewed by themselves, at two thirds of it: no warning while they are."""
+    begins = now_utc()
+    validity = Validity(begins, begins + timedelta(days=lasts))
+    assert abs((validity.ends - validity.renewal_due) / timedelta(days=1) - before) < 1e-6
+    assert validity.renewal_due > begins + timedelta(days=lasts) * 2 / 3
 
 
 def test_what_is_issued_verifies_for_its_hosts_only(tmp_path: Path) -> None:

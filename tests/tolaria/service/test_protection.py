@@ -2,40 +2,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import anyio
-import anyio.lowlevel
 import pytest
 from prometheus_client import generate_latest
-from structlog.testing import capture_logs
 
 from support.security import Pki, key_of
 from tolaria.config import Settings
-from tolaria.security.certificates import TlsFiles
 from tolaria.security.tokens import Role, as_table
-from tolaria.service.protection import _warn_of_expiry, protected
+from tolaria.service.protection import protected
 from tolaria.telemetry.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.mark.parametrize("content", [None, "half of a certi"])
-async def test_a_certificate_that_cannot_be_read_is_logged_and_ends_nothing(
-    tmp_path: Path, content: str | None
-) -> None:
-    """The one in force stays, and another look follows."""
-    path = tmp_path / "server.pem"
-    if content is not None:
-        path.write_text(content)
-    with capture_logs() as logs:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_warn_of_expiry, TlsFiles("server", str(path), str(path)))
-            with anyio.fail_after(60):
-                while not logs:
-                    await anyio.lowlevel.checkpoint()
-            tasks.cancel_scope.cancel()
-    (line,) = logs
-    assert line["event"] == "certificate_expiry_unknown"
-    assert "server.tls_cert" in line["detail"]
 
 
 def test_metrics_say_which_files_are_not_in_use_in_their_newest_version(tmp_path: Path) -> None:

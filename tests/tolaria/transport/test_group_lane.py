@@ -69,7 +69,7 @@ async def lane_with(
     monkeypatch: pytest.MonkeyPatch, directory: Path, agent: str = AGENT, **lane: object
 ) -> AsyncIterator[GroupLane]:
     """Runs a lane with these settings."""
-    monkeypatch.setattr("tolaria.transport.lane_process.GROUP_PROGRAM", (sys.executable, "-c", agent))
+    monkeypatch.setattr("tolaria.transport.lane_start.GROUP_PROGRAM", (sys.executable, "-c", agent))
     await anyio.Path(directory / "secret").write_bytes(SECRET)
     port = free_port()
     section = {"mode": "torchrun", "nodes": "1:2", "rendezvous": f"127.0.0.1:{port}", "join_wait_s": 0.0}

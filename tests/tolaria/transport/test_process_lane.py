@@ -2,93 +2,25 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
 import pytest
 from structlog.testing import capture_logs
 
-from tolaria.config import LaneSettings, Settings
+from support.script_lanes import running_script
 from tolaria.config.ranks import RAISED
 from tolaria.errors import ConfigurationError, LaneFailedError, LaneLostError
-from tolaria.images import StateImage
-from tolaria.lane.messages import CaptureImage, Event, LaneEnded, LaneLost, LaneRestarted, RunEpoch, Stop
-from tolaria.lane.order import RestorePlan
-from tolaria.transport.process_lane import ProcessLane
+from tolaria.lane.messages import CaptureImage, LaneEnded, LaneLost, LaneRestarted, RunEpoch, Stop
 
 pytestmark = pytest.mark.anyio
-
-COMMON = """
-import json, os, socket, sys, time
-options = dict(argument.lstrip("-").split("=") for argument in sys.argv[1:])
-print(json.dumps({"lane": os.getpid()}), flush=True)
-wire = socket.socket(fileno=int(options["connection"]))
-from tolaria.errors import ConfigurationError
-from tolaria.lane.encoding import to_bytes
-from tolaria.lane.messages import LaneEnded, LaneReady, Held
-from tolaria.values.failure import Failure
-from tolaria.values.training import EpochProgress, Position
-from tolaria.wire import Frame, FrameKind, FrameStream, packed_events, send
-stream = FrameStream(wire)
-while (order := stream.next()).kind is not FrameKind.ORDER: pass
-ready = LaneReady(Position(0, 0), EpochProgress(), 10, "cpu", "2", {}, (), (), {"host": 0.1}, (), ())
-def say_ready(): send(wire, Frame(FrameKind.READY, to_bytes(ready)))
-def say(*events): send(wire, Frame(FrameKind.EVENTS, packed_events([to_bytes(e) for e in events])))
-def wait():
-    while stream.next() is not None: pass
-    sys.exit(9)
-"""
-
-
-@dataclass
-class Lane:
-    """A lane and the events that it has delivered."""
-
-    lane: ProcessLane
-    events: list[Event] = field(default_factory=list)
-    plans: int = 0
-
-    async def until(self, kind: type[Event], count: int = 1) -> Event:
-        """Waits for that many events of a kind; returns the last one."""
-        with anyio.fail_after(60):
-            while len(found := [event for event in self.events if isinstance(event, kind)]) < count:
-                await anyio.sleep(0.005)
-        return found[count - 1]
-
-
-@asynccontextmanager
-async def running(script: str, monkeypatch: pytest.MonkeyPatch, **settings: object) -> AsyncIterator[Lane]:
-    """Runs a lane whose process is this script, after what all scripts begin with."""
-    monkeypatch.setattr("tolaria.transport.lane_process.PROGRAM", (sys.executable, "-c", COMMON + script))
-    section = LaneSettings.model_validate({"restart_pause_s": 0.01, "restart_pause_max_s": 0.02, **settings})
-    lane = Lane(ProcessLane(Settings(lane=section)))
-
-    async def plan() -> tuple[RestorePlan, StateImage | None]:
-        lane.plans += 1
-        return RestorePlan(), None
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(lane.lane.serve)
-        lane.lane.start(lambda: lane.events.extend(lane.lane.take_events()))
-        try:
-            lane.lane.plan = plan
-            with anyio.fail_after(60):
-                await lane.lane.open()
-            assert lane.plans == 0  # the first process resumes from what the run has loaded
-            yield lane
-        finally:
-            lane.lane.abandon()
 
 
 async def test_an_exception_of_a_rank_that_does_not_lead_goes_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """The agent ends with the code of that rank, and its line comes first."""
     text = "OSError: no file\\nrank 1 of 2 ended with code 85\\n"
     script = f"say_ready(); say(Held(1, 1)); os.write(2, '{text}'.encode()); os._exit({RAISED})"
-    async with running(script, monkeypatch) as lane:
+    async with running_script(script, monkeypatch) as lane:
         lost = await lane.until(LaneLost)
         assert isinstance(lost, LaneLost)
         assert (lost.kind, lost.cause) == ("raised", "rank 1 of 2 ended with code 85\nOSError: no file")
@@ -114,7 +46,7 @@ async def test_nonsense_on_the_wire_is_a_loss_with_a_reason(
 ) -> None:
     """The process is killed whatever it does, and another one follows."""
     script = f"say_ready(); say(Held(1, 1)); time.sleep(0.3); {misdeed}; time.sleep(3600)"
-    async with running(script, monkeypatch) as lane:
+    async with running_script(script, monkeypatch) as lane:
         lost = await lane.until(LaneLost)
         assert isinstance(lost, LaneLost)
         assert (lost.kind, words in lost.cause) == ("connection", True), lost
@@ -126,7 +58,7 @@ async def test_nonsense_on_the_wire_is_a_loss_with_a_reason(
 async def test_a_flood_of_events_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """In their order, without another limit than the lane's own waiting for room."""
     script = "say_ready()\nfor n in range(200): say(*[Held(n, k) for k in range(100)])\nwait()"
-    async with running(script, monkeypatch) as lane:
+    async with running_script(script, monkeypatch) as lane:
         with anyio.fail_after(60):
             while len(lane.events) < 20_000:
                 await anyio.sleep(0.01)
@@ -136,7 +68,7 @@ async def test_a_flood_of_events_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
 async def test_what_was_said_last_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     """Events that a process has sent before it died precede its loss."""
     script = "say_ready(); say(*[Held(n, n) for n in range(1000)]); os._exit(3)"
-    async with running(script, monkeypatch, restarts_max=0) as lane:
+    async with running_script(script, monkeypatch, restarts_max=0) as lane:
         await lane.until(LaneEnded)
         assert len(lane.events) == 1001
         assert isinstance(ended := lane.events[-1], LaneEnded)
@@ -145,7 +77,9 @@ async def test_what_was_said_last_is_heard(monkeypatch: pytest.MonkeyPatch) -> N
 
 async def test_commands_to_a_dead_lane_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Orders and holds are not: the run repeats them."""
-    async with running("say_ready(); os._exit(3)", monkeypatch, restart_pause_s=3600, restart_pause_max_s=3600) as lane:
+    async with running_script(
+        "say_ready(); os._exit(3)", monkeypatch, restart_pause_s=3600, restart_pause_max_s=3600
+    ) as lane:
         await lane.until(LaneLost)
         lane.lane.send(1, RunEpoch(1))
         with pytest.raises(LaneLostError):
@@ -157,7 +91,7 @@ async def test_commands_to_a_dead_lane_are_refused(monkeypatch: pytest.MonkeyPat
 
 async def test_deaths_are_counted_over_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """One more than lane.restarts_max is the end."""
-    async with running("say_ready(); os._exit(3)", monkeypatch, restarts_max=2) as lane:
+    async with running_script("say_ready(); os._exit(3)", monkeypatch, restarts_max=2) as lane:
         ended = await lane.until(LaneEnded)
         assert isinstance(ended, LaneEnded)
         assert "died 3 times within 3600 s" in str(ended.failure)
@@ -181,7 +115,7 @@ async def test_a_lane_that_is_never_built_is_refused(
 ) -> None:
     """With its own error if it has said one, and without another try."""
     with pytest.raises(ExceptionGroup) as caught:
-        async with running(script, monkeypatch):
+        async with running_script(script, monkeypatch):
             pass
     (refused,) = caught.value.exceptions
     assert isinstance(refused, error)
@@ -192,7 +126,7 @@ async def test_a_process_that_does_not_end_after_its_last_message_is_killed(monk
     """Threads of the job may keep it; the next process does not wait for them for long."""
     monkeypatch.setattr("tolaria.transport.lane_process._EXIT_S", 0.2)
     script = "say_ready(); say(LaneEnded(7, Failure('OSError', ('no file',)))); time.sleep(3600)"
-    async with running(script, monkeypatch) as lane:
+    async with running_script(script, monkeypatch) as lane:
         lost = await lane.until(LaneLost)
         assert isinstance(lost, LaneLost)
         assert (lost.kind, lost.cause) == ("raised", "OSError: no file")
@@ -225,7 +159,7 @@ async def test_stacks_of_a_rank_that_gives_heartbeats_again_are_not_in_a_later_c
                 await anyio.sleep(0.005)
 
     with capture_logs() as logs:
-        async with running(SILENT.format(batch=2 if recovers else 1), monkeypatch) as lane:
+        async with running_script(SILENT.format(batch=2 if recovers else 1), monkeypatch) as lane:
             await logged("lane_stacks")
             lane.lane.send(1, RunEpoch(1))
             if recovers:

@@ -1,0 +1,131 @@
+"""`SpareLane`: a process of the lane that has imported PyTorch before it is needed, in place of one that dies."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from tolaria.cgroups import memory_left
+from tolaria.config import Settings
+from tolaria.errors import ChildFailedError
+from tolaria.processes import ChildSupervisor, RestartPolicy
+from tolaria.ranks.local_ranks import children_of
+from tolaria.signals.lane_page import LanePage
+from tolaria.transport.lane_end import kill_group
+from tolaria.transport.lane_start import StartedLane, accept_lane, connected, lane_command
+from tolaria.transport.nodes import Formation
+
+_MEMORY_BYTES: Final = 2**31
+"""Memory that must be left for each process: several times what one takes that has only imported PyTorch."""
+
+_FIRST_KILLED: Final = "1000"
+"""Score by which the system, out of memory, ends this process before any other, and so not the lane."""
+
+_log = structlog.get_logger(__name__)
+
+
+class SpareLane(ChildSupervisor):
+    """Keeps one process ready, or the ranks of a group on this machine, with nothing of the job's in it.
+
+    One is started for each lane that has trained for `lane.spare_after_s`. If it ends by itself it is not replaced
+    before the lane is, since memory may be short.
+
+    Args:
+        settings: of the service.
+        start_timeout_s: seconds from the start of the process to its first word.
+    """
+
+    def __init__(self, settings: Settings, start_timeout_s: float) -> None:
+        super().__init__(
+            lane_command(settings),
+            restarts=RestartPolicy(pause_s=0.0, restarts_max=0),
+            start_timeout_s=start_timeout_s,
+            stop_timeout_s=0.0,
+        )
+        self._lane = settings.lane
+        self._busy = False
+        self._started: StartedLane | None = None
+        self._waiting: anyio.CancelScope | None = None
+
+    async def keep(self, is_due: Callable[[], bool], on_ended: Callable[[], Awaitable[None]]) -> None:
+        """Starts a process after the time set if `is_due` then, and keeps it until it is taken or this is cancelled.
+
+        Calls `on_ended` if it ends before that.
+        """
+        if not self._lane.spare_after_s:
+            return
+        await anyio.sleep(self._lane.spare_after_s)
+        if self._busy or not (is_due() and await self._has_memory()):
+            return
+        self._busy = True
+        try:
+            await self._keep()
+        except (OSError, MemoryError, ChildFailedError) as error:
+            _log.warning("spare_lane_failed", error=str(error))
+            await on_ended()
+        finally:
+            self._busy = False
+            if self._started is not None:
+                self._started.connection.close()
+                self._started = None
+            await self.stop()
+
+    async def take(self) -> StartedLane | None:
+        """Returns the process that is ready, which from then on is the caller's; None if there is none."""
+        started, self._started = self._started, None
+        if started is not None and self._waiting is not None:
+            self._child = None
+            self._waiting.cancel()
+            await anyio.to_thread.run_sync(_set_score, self.pid, None)
+        return started
+
+    def accept(self, announcement: Mapping[str, Any]) -> None:
+        """As that of every process of the lane."""
+        accept_lane(announcement)
+
+    async def stop(self) -> None:
+        """Stops the process if it is not taken, and the ranks that it has started."""
+        with anyio.CancelScope(shield=True):
+            ranks = [] if self._child is None else await anyio.to_thread.run_sync(children_of, self.pid)
+            await super().stop()
+        for pid in ranks:
+            kill_group(pid)
+
+    async def _has_memory(self) -> bool:
+        left, wanted = await anyio.to_thread.run_sync(memory_left), _MEMORY_BYTES * self._lane.processes
+        if left is None or left >= wanted:
+            return True
+        _log.info("spare_lane_left_out", memory_left_mb=left >> 20, memory_wanted_mb=wanted >> 20)
+        return False
+
+    async def _keep(self) -> None:
+        """Starts a process; returns once it has been taken. Raises ChildFailedError if it ends before that."""
+        page = LanePage.create()
+        with connected(page, self._lane, Formation()) as place:
+            self.command = replace(self.command, arguments=place.arguments, descriptors=place.descriptors)
+            child = await self.start()
+            await anyio.to_thread.run_sync(_set_score, self.pid, _FIRST_KILLED)
+        self._started = StartedLane(child, page, place.connection)
+        _log.info("spare_lane_started", pid=self.pid)
+        with anyio.CancelScope() as self._waiting:
+            await child.process.wait()  # its output is read by who takes it
+            if self._started is not None:
+                raise ChildFailedError("spare lane", f"ended with code {child.process.returncode}")
+
+
+def _set_score(pid: int, score: str | None) -> None:
+    """Sets how soon the system ends a process, and the ranks that it has started, when it has no memory.
+
+    None: as soon as this process. Reads and writes files.
+    """
+    with suppress(OSError):  # one has gone
+        score = score or Path("/proc/self/oom_score_adj").read_text(encoding="ascii")
+        for each in (pid, *children_of(pid)):
+            Path(f"/proc/{each}/oom_score_adj").write_text(score, encoding="ascii")

@@ -31,6 +31,11 @@ def cpu_quota() -> float | None:
     return None
 
 
+def kills_together() -> bool:
+    """Whether all processes of the group are killed when it has no memory, as by Kubernetes, and not one of them."""
+    return next(_read("memory", "memory.oom.group", ""), "").strip() == "1"
+
+
 def memory_left() -> int | None:
     """Returns how many bytes can still be allocated before the system or the group has none; None if neither says so.
 

@@ -94,7 +94,8 @@ def serve(
     wanted. `code` is the directory of another version of Tolaria.
     """
     before = ["server.listen=127.0.0.1:0", "metrics.listen=127.0.0.1:0"] if ports else []
-    before.append("lane.spare_after_s=0")  # a second process of the lane only where a test is about it
+    if code is None:
+        before.append("lane.spare_after_s=0")  # a second process of the lane only where a test is about it
     targets = any(value.startswith(("tamiyo.target=", "kasmina.target=")) for value in overrides)
     if not (targets or reference_peers):
         before.append("control.enabled=false")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,10 +14,11 @@ from leyline.v1 import admin_service_pb2 as admin
 from support.processes import Serve, is_alive, serve, status, stub_of
 from support.runs_on_disk import last_checkpoint
 from support.waiting import wait_for
+from tolaria.ranks.local_ranks import children_of
 
 FINITE: Final = [
     "training.job=support.mortal_jobs:Mortal", "training.device=cpu", "training.threads=1", "training.epochs=6",
-    "training.deterministic=true", "training.options.samples=320", "training.options.step_s=0.005",
+    "training.deterministic=true", "training.options.samples=320", "training.options.step_s=0.02",
     "service.exit_when_done=true",
 ]  # fmt: skip
 RANKS: Final = ["lane.mode=torchrun", "lane.processes=2"]
@@ -27,6 +29,24 @@ def logged(service: Serve, event: str) -> list[dict[str, Any]]:
     return [line for line in service.events() if line["event"] == event]
 
 
+def is_ready(pid: int, ranks: int) -> bool:
+    """Whether a process has imported PyTorch, and started so many ranks, which have done so, too."""
+    children = children_of(pid)
+    mapped = [Path(f"/proc/{each}/maps").read_text() for each in (pid, *children)]
+    return len(children) == ranks and all("libtorch_cpu" in text for text in mapped)
+
+
+def is_ready_again(service: Serve, count: int, ranks: int) -> bool:
+    """Whether a spare process has been started so often, and the last one is ready."""
+    started = logged(service, "spare_lane_started")
+    return len(started) == count and is_ready(started[-1]["pid"], ranks)
+
+
+def has_recovered(service: Serve, count: int) -> bool:
+    """Whether the lane has recovered so often."""
+    return len(logged(service, "tolaria.lane_recovered")) == count
+
+
 def ends_with_digest(directory: Path, *settings: str) -> tuple[int, str]:
     """Trains without a death; returns the last step and digest."""
     directory.mkdir()
@@ -35,9 +55,9 @@ def ends_with_digest(directory: Path, *settings: str) -> tuple[int, str]:
     return last_checkpoint(directory)
 
 
-@pytest.mark.parametrize("mode", [[], RANKS], ids=["process", "torchrun"])
+@pytest.mark.parametrize(("mode", "ranks"), [([], 0), (RANKS, 2)], ids=["process", "torchrun"])
 @pytest.mark.timeout(900)
-def test_a_death_costs_neither_a_step_nor_the_import_of_torch(mode: list[str], tmp_path: Path) -> None:
+def test_a_death_costs_neither_a_step_nor_the_import_of_torch(mode: list[str], ranks: int, tmp_path: Path) -> None:
     """The process that was ready trains on, another one is made ready, and the run ends bit-equal; none is left."""
     undisturbed = ends_with_digest(tmp_path / "undisturbed", *mode)
     (tmp_path / "killed").mkdir()
@@ -45,26 +65,32 @@ def test_a_death_costs_neither_a_step_nor_the_import_of_torch(mode: list[str], t
         wait_for(lambda: status(stub).global_step > 20)
         stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="until one is ready"), timeout=60)
         for deaths in (1, 2):
-            wait_for(lambda n=deaths: len(logged(service, "spare_lane_started")) == n)
+            wait_for(partial(is_ready_again, service, deaths, ranks))
             os.kill(status(stub).ranks[-1].pid, signal.SIGKILL)
-            wait_for(lambda n=deaths: len(logged(service, "tolaria.lane_recovered")) == n)
-        wait_for(lambda: len(logged(service, "spare_lane_started")) == 3)
+            wait_for(partial(has_recovered, service, deaths))
+        wait_for(partial(is_ready_again, service, 3, ranks))
+        last = logged(service, "spare_lane_started")[-1]["pid"]
+        all_ranks = [*children_of(last), *(rank.pid for rank in status(stub).ranks)]
         stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="r", reason="go on"), timeout=60)
         spares = [line["pid"] for line in logged(service, "spare_lane_started")]
         lanes = [line["pid"] for line in logged(service, "lane_started")]
         assert service.wait() == 0
     assert lanes[1:] == spares[:2]
     assert [line["cause"] for line in logged(service, "tolaria.lane_lost")] == ["killed", "killed"]
-    wait_for(lambda: not any(map(is_alive, [*lanes, *spares])))
+    wait_for(lambda: not any(map(is_alive, [*lanes, *spares, *all_ranks])))
     assert last_checkpoint(tmp_path / "killed") == undisturbed
 
 
-def test_a_killed_service_leaves_no_spare_process(tmp_path: Path) -> None:
-    """It ends with the service, as the lane does, also while it imports."""
-    with serve(*FINITE, "training.epochs=100000", "lane.spare_after_s=0.1", cwd=tmp_path) as service:
+@pytest.mark.parametrize(("mode", "ranks"), [([], 0), (RANKS, 2)], ids=["process", "torchrun"])
+def test_a_killed_service_leaves_no_spare_process(mode: list[str], ranks: int, tmp_path: Path) -> None:
+    """It ends with the service, as the lane does."""
+    endless = ["training.epochs=100000", "lane.spare_after_s=0.1"]
+    with serve(*FINITE, *mode, *endless, cwd=tmp_path) as service:
         wait_for(lambda: logged(service, "spare_lane_started") != [])
         spare = logged(service, "spare_lane_started")[0]["pid"]
-        assert is_alive(spare)
+        wait_for(lambda: is_ready(spare, ranks))
+        spares = [spare, *children_of(spare)]
+        assert all(map(is_alive, spares))
         service.process.kill()
         service.wait()
-        wait_for(lambda: not is_alive(spare))
+        wait_for(lambda: not any(map(is_alive, spares)))

@@ -39,6 +39,7 @@ class RankEnvironment:
         node: number of this machine in the group, from 0, which is that of the service.
         agent: process id of the agent that has started it; 0 if something else has.
         address: the abstract Unix socket where the agent passes on the connection to the service.
+        store_host, store_port: where the store of the group listens.
     """
 
     rank: int = 0
@@ -48,6 +49,8 @@ class RankEnvironment:
     node: int = 0
     agent: int = 0
     address: str = ""
+    store_host: str = ""
+    store_port: int = 0
 
     @classmethod
     def read(cls) -> RankEnvironment:
@@ -58,7 +61,8 @@ class RankEnvironment:
         agent, _, address = os.environ[_AGENT].partition(":")
         rank, world, local_rank, local_world = (int(os.environ[name]) for name in names)
         node = int(os.environ.get("GROUP_RANK", "0"))
-        return cls(rank, world, local_rank, local_world, node, int(agent), address)
+        host, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+        return cls(rank, world, local_rank, local_world, node, int(agent), address, host, port)
 
 
 @dataclass(frozen=True, slots=True)

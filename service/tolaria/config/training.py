@@ -222,10 +222,11 @@ class LaneSettings(Section):
     """Longest pause. 60: a full device or a missing mount may come back."""
 
     spare_after_s: SecondsOrZero = 30.0
-    """Time that a lane has trained before another process imports PyTorch, to take its place if it dies. 0: never.
+    """Time since a lane was built after which another process imports PyTorch, to replace it if it dies. 0: never.
 
-    It saves most of a restart, and takes some 250 MB, more with CUDA, of at least 2 GiB that must be left for each
-    rank; not with several machines. 30: a job that fails, fails before.
+    It saves most of a restart, and takes some 250 MB for each process. There is none with several machines, if less
+    than 2 GiB are left for each rank, or where all processes of a container are killed for the memory of one. 30: a job
+    that fails, fails before.
     """
 
     @property

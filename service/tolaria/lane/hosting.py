@@ -148,6 +148,7 @@ def join_group() -> Group | None:
     place = RankEnvironment.read()
     if place.world == 1:
         return None
+    Group.await_leader(place)
     if cuda := torch.cuda.is_available():
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())  # for what a job puts on "cuda"
     return Group.join(place, cuda=cuda)

@@ -25,6 +25,7 @@ from tolaria.lane.job_callbacks import PART
 from tolaria.lane.profiling import Region
 from tolaria.lane.step import train_step
 from tolaria.lane.train_module import TrainModule
+from tolaria.lane.weight_averages import PART as AVERAGES
 from tolaria.seeds.slots import slots_of
 
 Row = tuple[str, str]
@@ -175,8 +176,11 @@ def _evaluated(module: TrainModule) -> tuple[Collection[str], str]:
     took = time_text(time.monotonic() - started_s)
     samples = sum(one.samples for one in found.sets.values()) or found.samples
     names = f" of {', '.join(found.sets)}" if found.sets else ""
+    known = tuple(found.figures())
+    if module.averages is not None and module.averages.evaluated:
+        known += tuple(f"{AVERAGES}/{name}" for name in known)
     text = f"{samples} samples in {len(places)} batches{names}, {took}; after these steps: {figures}"
-    return tuple(found.figures()), text
+    return known, text
 
 
 def _absent_metrics(settings: Settings, figures: Collection[str]) -> Iterator[str]:

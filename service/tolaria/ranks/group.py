@@ -19,6 +19,9 @@ from tolaria.ranks.step_word import COMPARED, StepWord
 _WAIT: Final = timedelta(days=365)
 """A rank that waits for one that has gone is ended with the group; one that is only slow is not dead."""
 
+_BEGUN: Final = "tolaria-begun"
+"""Key of the store that the leader sets when it knows what to build."""
+
 _AGREEMENT: Final = 24
 """Numbers of every agreement, so that a rank can take part in it without knowing which one it is."""
 
@@ -58,6 +61,23 @@ class Group:
         with _peers():
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", init_method="env://", timeout=_WAIT)
         return cls(place.rank, place.world, place.local_rank, place.local_world)
+
+    @staticmethod
+    def await_leader(place: RankEnvironment) -> None:
+        """Waits until the leader is about to join, which may be much later; nothing is put on a device before.
+
+        Returns at once without an agent, whose store it is. Raises PeerLostError if the store cannot be reached.
+        """
+        if not place.agent:
+            return
+        with _peers():
+            store = dist.TCPStore(  # type: ignore[attr-defined] # torch does not list it
+                place.store_host, place.store_port, is_master=False, timeout=_WAIT
+            )
+            if place.rank == 0:
+                store.set(_BEGUN, "1")
+            else:
+                store.wait([_BEGUN], _WAIT)
 
     def leave(self) -> None:
         """Ends this rank's part: the threads of gloo must not outlive the interpreter."""

@@ -15,9 +15,10 @@ _ENDED: Final = {"Z", "X"}
 def children_of(pid: int) -> list[int]:
     """Returns the ids of the processes that a process has started and that it has not waited for."""
     found = list[int]()
-    for children in (_PROC / str(pid) / "task").glob("*/children"):
-        with suppress(OSError):
-            found += map(int, children.read_text(encoding="ascii").split())
+    with suppress(OSError):  # the process has ended meanwhile
+        for children in (_PROC / str(pid) / "task").glob("*/children"):
+            with suppress(OSError):
+                found += map(int, children.read_text(encoding="ascii").split())
     return found
 
 

@@ -96,7 +96,7 @@ class DataSkips:
 
     @property
     def _last_epoch(self) -> float:
-        """Where the run ends; without a bound if that is by steps, or is behind it."""
+        """The last epoch of the run, at least the present one; infinite if the run ends by steps."""
         return math.inf if self._status.steps else max(self._status.epochs, self._status.epoch)
 
     def ranges_of_steps(self, first: int, last: int) -> tuple[BatchRange, ...]:

@@ -24,7 +24,7 @@ from typing import Any, Final
 import yaml
 
 from tolaria.errors import CredentialsError
-from tolaria.security.certificates import TlsFiles
+from tolaria.security.certificates import TlsFiles, Validity
 from tolaria.security.watched import read_file
 
 SETTING: Final = "metrics.web_config"
@@ -51,7 +51,10 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class WebConfig:
-    """What the file says. `users` are bcrypt digests by name; `context` is ready for connections, if TLS is on."""
+    """What the file says. `users` are bcrypt digests by name; `context` is ready for connections, if TLS is on.
+
+    `validity` is that of the certificate which it has.
+    """
 
     tls: TlsFiles | None = None
     clients: ssl.VerifyMode = ssl.CERT_NONE
@@ -59,6 +62,7 @@ class WebConfig:
     users: Mapping[str, bytes] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     context: ssl.SSLContext | None = None
+    validity: Validity | None = None
 
     @classmethod
     def read(cls, path: str) -> tuple[WebConfig, Sequence[str]]:
@@ -87,7 +91,8 @@ class WebConfig:
         if (found.clients != ssl.CERT_NONE) != bool(found.tls and found.tls.authorities):
             raise reader.refused("tls_server_config", "client_auth_type and client_ca_file must be set together")
         files = [] if found.tls is None else list(found.tls.read()[1])
-        return replace(found, context=_context(found)), [path, *files]
+        validity = None if found.tls is None else found.tls.validity()
+        return replace(found, context=_context(found), validity=validity), [path, *files]
 
 
 def _context(config: WebConfig) -> ssl.SSLContext | None:

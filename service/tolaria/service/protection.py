@@ -13,12 +13,12 @@ from tolaria.config import PeerSettings, ServerSettings, Settings
 from tolaria.peers.connect import Peer, tls_files
 from tolaria.rpc.callers import CallerInterceptor
 from tolaria.security import web_config
-from tolaria.security.certificates import Identity, TlsFiles
+from tolaria.security.certificates import Identity, TlsFiles, Validity
 from tolaria.security.limits import CallerLimits, CallLimits
 from tolaria.security.tokens import Tokens
 from tolaria.security.watched import WatchedFiles, watch
 from tolaria.security.web_config import WebConfig
-from tolaria.service.expiry import CertificateExpiry
+from tolaria.service.expiry import CertificateExpiry, UsedCertificate
 from tolaria.telemetry.metrics import Metrics
 from tolaria.telemetry.web_server import WebGuard
 
@@ -62,9 +62,12 @@ def protected(settings: Settings, metrics: Metrics) -> Protection:
         tokens = WatchedFiles("server.tokens", lambda: Tokens.read(server.tokens), on_failure=failed)
     limits = CallerLimits(_call_limits(server))
     peers: tuple[tuple[Peer, PeerSettings], ...] = (("tamiyo", settings.tamiyo), ("kasmina", settings.kasmina))
-    identities = {"server.tls_cert": files} | {f"{each}.tls_cert": tls_files(each, section) for each, section in peers}
-    for peer in ("tamiyo", "kasmina"):
-        identities[f"{peer}.tls_cert"].read()  # a mistake is found now rather than after the job has been built
+    peer_certificates = dict[str, UsedCertificate]()
+    for peer, section in peers:
+        identity = tls_files(peer, section)
+        identity.read()  # a mistake is found now rather than after the job has been built
+        if identity.cert:  # the one that is read now is used until the end
+            peer_certificates[f"{peer}.tls_cert"] = UsedCertificate(identity.cert, identity.validity())
     interceptor = CallerInterceptor(tokens, limits, metrics)
     path = settings.metrics.web_config
     web = WatchedFiles(web_config.SETTING, lambda: WebConfig.read(path), on_failure=failed) if path else None
@@ -78,10 +81,13 @@ def protected(settings: Settings, metrics: Metrics) -> Protection:
         if watched is not None:
             metrics.server_credentials_current.labels(setting).set_function(partial(_is_current, watched))
 
-    def certificates() -> dict[str, TlsFiles]:
-        found = {setting: identity for setting, identity in identities.items() if identity.cert}
-        if web is not None and web.value.tls is not None:
-            found[web_config.SETTING] = web.value.tls
+    def certificates() -> dict[str, UsedCertificate]:
+        found = dict(peer_certificates)
+        if tls is not None:
+            validity = Validity.of(tls.value.chain, "server.tls_cert", server.tls_cert)
+            found["server.tls_cert"] = UsedCertificate(server.tls_cert, validity)
+        if web is not None and web.value.tls is not None and web.value.validity is not None:
+            found[web_config.SETTING] = UsedCertificate(web.value.tls.cert, web.value.validity)
         return found
 
     return Protection(tls, tokens, interceptor, CertificateExpiry(certificates, metrics), web, guard, limits)

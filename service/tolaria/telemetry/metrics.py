@@ -403,7 +403,7 @@ class Metrics:
         self.server_certificate_expires = self._gauge(
             "server.certificate_expires_timestamp_seconds", "When the certificate of this setting expires.", ["setting"]
         )
-        self.server_certificate_renewal_due = self._gauge(
+        self.server_certificate_due = self._gauge(
             "server.certificate_renewal_due", "1: it expires in 14 days, or in 1/5 of its time, at most.", ["setting"]
         )
         self.config_last_reload_successful = self._gauge(

@@ -108,5 +108,5 @@ def _signal_name(number: int) -> str:
 
 def kill_group(pid: int) -> None:
     """Kills a process that leads its group, and what it has started."""
-    with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError, PermissionError):  # it has gone; its id may be that of another user's
         os.killpg(pid, signal.SIGKILL)

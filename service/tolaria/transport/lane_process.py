@@ -214,8 +214,9 @@ class LaneProcess(ChildSupervisor):
         return lambda: self.generation == generation and self.link is not None and self.wanted
 
     async def _recount(self) -> None:
-        """Leaves out of the lane's causes what has ended another process for want of memory."""
-        self._end.out_of_memory = await anyio.to_thread.run_sync(oom_kills)
+        """Leaves out of the lane's causes what has killed another process, if that was for want of memory."""
+        end, kills = self._end, await anyio.to_thread.run_sync(oom_kills)
+        end.out_of_memory += kills > end.out_of_memory  # by one: the next one may be the lane's
 
     def _kill(self) -> None:
         if self._child is not None:  # else another process may have its id
@@ -271,10 +272,14 @@ class LaneProcess(ChildSupervisor):
 
     async def _spawn(self, formation: Formation) -> StartedLane:
         """Starts the process that waits already, if there is one, or else another."""
-        spare = await self._spare.take() if self._rendezvous is None else None
-        if spare is not None:
+        if (spare := self._spare.take()) is not None:
             self._child, self.pid = spare.child, spare.child.process.pid
-            spare.child.on_stderr = self.on_stderr  # what it has written before says nothing about the lane
+            try:
+                await self._spare.released()
+            except BaseException:
+                spare.connection.close()
+                raise
+            spare.child.on_stderr = self.on_stderr
             return spare
         page = LanePage.create()
         with connected(page, self._settings.lane, formation) as place:
@@ -303,8 +308,8 @@ class LaneProcess(ChildSupervisor):
         while True:
             await standstill.sleep()
             page, end, others = self.page, self._end, self._rendezvous
-            if self.link is None or page is None or not standstill.is_over:
-                continue
+            if self.link is None or page is None or end.silent or not standstill.is_over:
+                continue  # a silent one has been killed
             overdue_s = page.overdue_s()
             if overdue_s > 0:
                 _log.error("lane_silent", generation=self.generation, silent_s=round(overdue_s, 1), pid=self.pid)

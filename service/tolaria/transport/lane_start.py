@@ -21,7 +21,7 @@ GROUP_PROGRAM: Final = (sys.executable, "-m", "tolaria.ranks.agent")
 
 @dataclass(frozen=True, slots=True)
 class StartedLane:
-    """A process that waits to be told what to build, its page, and this side of the connection to it."""
+    """A process that waits for its order of what to build, its page, and this side of the connection to it."""
 
     child: ChildProcess
     page: LanePage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -12,7 +13,7 @@ import anyio
 import anyio.to_thread
 import structlog
 
-from tolaria.cgroups import memory_left
+from tolaria.cgroups import kills_together, memory_left
 from tolaria.config import Settings
 from tolaria.errors import ChildFailedError
 from tolaria.processes import ChildSupervisor, RestartPolicy
@@ -50,59 +51,81 @@ class SpareLane(ChildSupervisor):
             stop_timeout_s=0.0,
         )
         self._lane = settings.lane
-        self._busy = False
+        self._busy = self._was_killed = False
+        self._idle: anyio.Event | None = None
         self._started: StartedLane | None = None
         self._waiting: anyio.CancelScope | None = None
 
-    async def keep(self, is_due: Callable[[], bool], on_ended: Callable[[], Awaitable[None]]) -> None:
+    async def keep(self, is_due: Callable[[], bool], on_killed: Callable[[], Awaitable[None]]) -> None:
         """Starts a process after the time set if `is_due` then, and keeps it until it is taken or this is cancelled.
 
-        Calls `on_ended` if it ends before that.
+        Calls `on_killed` if it is killed before that. Does nothing while another call keeps one.
         """
         if not self._lane.spare_after_s:
             return
         await anyio.sleep(self._lane.spare_after_s)
-        if self._busy or not (is_due() and await self._has_memory()):
+        if self._busy or not is_due():
             return
-        self._busy = True
+        self._busy, self._idle = True, anyio.Event()
         try:
-            await self._keep()
-        except (OSError, MemoryError, ChildFailedError) as error:
+            if await anyio.to_thread.run_sync(self._has_memory) and is_due():
+                await self._keep()
+        except ChildFailedError as error:
+            if self._was_killed:
+                await on_killed()
             _log.warning("spare_lane_failed", error=str(error))
-            await on_ended()
+        except (OSError, MemoryError, RuntimeError) as error:  # no descriptor, thread or process is left for it
+            _log.warning("spare_lane_failed", error=str(error))
         finally:
-            self._busy = False
-            if self._started is not None:
-                self._started.connection.close()
-                self._started = None
             await self.stop()
+            self._busy = False
+            self._idle.set()
 
-    async def take(self) -> StartedLane | None:
-        """Returns the process that is ready, which from then on is the caller's; None if there is none."""
-        started, self._started = self._started, None
-        if started is not None and self._waiting is not None:
-            self._child = None
-            self._waiting.cancel()
-            await anyio.to_thread.run_sync(_set_score, self.pid, None)
+    def take(self) -> StartedLane | None:
+        """Returns the process that is ready, which from then on is the caller's; None if there is none.
+
+        Its output is read, and its score is that of a spare one, until `released` returns.
+        """
+        started = self._started
+        if started is None or self._waiting is None or started.child.process.returncode is not None:
+            return None
+        self._started = self._child = None
+        self._waiting.cancel()
         return started
 
+    async def released(self) -> None:
+        """Waits until nothing is done here any more with the process that was taken."""
+        if self._idle is not None:
+            await self._idle.wait()
+        await anyio.to_thread.run_sync(_set_score, self.pid, None)
+
     def accept(self, announcement: Mapping[str, Any]) -> None:
-        """As that of every process of the lane."""
+        """Takes the announcement that every process of the lane makes."""
         accept_lane(announcement)
 
     async def stop(self) -> None:
         """Stops the process if it is not taken, and the ranks that it has started."""
+        started, self._started = self._started, None
+        if started is not None:
+            started.connection.close()
+        runs = self._child is not None and self._child.process.returncode is None
         with anyio.CancelScope(shield=True):
-            ranks = [] if self._child is None else await anyio.to_thread.run_sync(children_of, self.pid)
+            ranks = await anyio.to_thread.run_sync(children_of, self.pid) if runs else []
             await super().stop()
         for pid in ranks:
             kill_group(pid)
 
-    async def _has_memory(self) -> bool:
-        left, wanted = await anyio.to_thread.run_sync(memory_left), _MEMORY_BYTES * self._lane.processes
-        if left is None or left >= wanted:
+    def _has_memory(self) -> bool:
+        """Whether a process can do no harm; reads files."""
+        left, wanted = memory_left(), _MEMORY_BYTES * self._lane.processes
+        if (left is None or left >= wanted) and not kills_together():
             return True
-        _log.info("spare_lane_left_out", memory_left_mb=left >> 20, memory_wanted_mb=wanted >> 20)
+        _log.info(
+            "spare_lane_left_out",
+            memory_left_mb=None if left is None else left >> 20,
+            memory_wanted_mb=wanted >> 20,
+            killed_together=kills_together(),
+        )
         return False
 
     async def _keep(self) -> None:
@@ -110,14 +133,15 @@ class SpareLane(ChildSupervisor):
         page = LanePage.create()
         with connected(page, self._lane, Formation()) as place:
             self.command = replace(self.command, arguments=place.arguments, descriptors=place.descriptors)
+            self._was_killed = False
             child = await self.start()
             await anyio.to_thread.run_sync(_set_score, self.pid, _FIRST_KILLED)
         self._started = StartedLane(child, page, place.connection)
         _log.info("spare_lane_started", pid=self.pid)
         with anyio.CancelScope() as self._waiting:
-            await child.process.wait()  # its output is read by who takes it
-            if self._started is not None:
-                raise ChildFailedError("spare lane", f"ended with code {child.process.returncode}")
+            detail = await child.ended()
+            self._was_killed = child.process.returncode == -signal.SIGKILL
+            raise ChildFailedError("spare lane", detail)
 
 
 def _set_score(pid: int, score: str | None) -> None:
@@ -125,7 +149,10 @@ def _set_score(pid: int, score: str | None) -> None:
 
     None: as soon as this process. Reads and writes files.
     """
-    with suppress(OSError):  # one has gone
-        score = score or Path("/proc/self/oom_score_adj").read_text(encoding="ascii")
-        for each in (pid, *children_of(pid)):
-            Path(f"/proc/{each}/oom_score_adj").write_text(score, encoding="ascii")
+    score = score or Path("/proc/self/oom_score_adj").read_text(encoding="ascii")
+    done = set[int]()
+    while left := {pid, *children_of(pid)} - done:  # those that are started meanwhile inherit one of the two
+        for each in sorted(left, key=lambda one: one != pid):
+            with suppress(OSError):  # it has gone
+                Path(f"/proc/{each}/oom_score_adj").write_text(score, encoding="ascii")
+        done |= left

@@ -136,3 +136,5 @@ def test_metrics_that_no_evaluation_has_are_pointed_out() -> None:
         "checkpoint.best is ema/loss",
     ]
     assert "the state of Recorder" in dict(rows)["resumed"]
+    averaged = settings.model_copy(update={"ema": settings.ema.model_copy(update={"decay": 0.99})})
+    assert [note for note in report(averaged, 1)[1] if "checkpoint.best" in note] == []

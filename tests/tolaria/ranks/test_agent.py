@@ -37,6 +37,7 @@ def test_only_ranks_of_this_agent_get_its_connection(tmp_path: Path) -> None:
 def test_the_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torchrun's variables count only beside Tolaria's own; what another launcher has left makes no group."""
     torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    torchrun |= {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
     for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TOLARIA_LANE_AGENT", raising=False)
@@ -45,7 +46,7 @@ def test_the_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "lo")
     monkeypatch.delenv("GROUP_RANK", raising=False)
     prepare_ranks("somewhere", "lo")
-    assert RankEnvironment.read() == RankEnvironment(3, 8, 1, 2, 0, os.getpid(), "somewhere")
+    assert RankEnvironment.read() == RankEnvironment(3, 8, 1, 2, 0, os.getpid(), "somewhere", "node0", 29500)
     monkeypatch.setenv("GROUP_RANK", "1")
     assert RankEnvironment.read().node == 1
     monkeypatch.delenv("LOCAL_RANK")

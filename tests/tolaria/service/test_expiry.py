@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 from structlog.testing import capture_logs
 
 from support.security import Pki, key_of
 from tolaria.config import Settings
-from tolaria.security.certificates import TlsFiles, now_utc
+from tolaria.security.certificates import Validity, now_utc
 from tolaria.service import expiry
-from tolaria.service.expiry import CertificateExpiry
-from tolaria.service.protection import protected
+from tolaria.service.expiry import CertificateExpiry, UsedCertificate
+from tolaria.service.protection import Protection, protected
 from tolaria.telemetry.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def pki(tmp_path: Path) -> Pki:
-    """A folder with certificates: of a server, of a client, and of one that has expired."""
-    made = Pki(tmp_path / "pki")
-    made.server()
-    made.client("client")
-    made.client("expired", expired=True)
-    return made
 
 
 @asynccontextmanager
@@ -50,61 +41,57 @@ def values(metrics: Metrics, name: str) -> dict[str, float]:
     return {each.labels["setting"]: each.value for each in samples if each.name == f"tolaria.server.{name}"}
 
 
-async def until(logs: list[Any], event: str) -> None:
-    """Waits until an event is in the log."""
+async def until(condition: Callable[[], object]) -> None:
+    """Waits until a condition holds."""
     with anyio.fail_after(60):
-        while not any(line["event"] == event for line in logs):
+        while not condition():
             await anyio.sleep(0.005)
 
 
-def watched(files: Mapping[str, TlsFiles], metrics: Metrics) -> CertificateExpiry:
-    """Looks at these files, which may be changed."""
-    return CertificateExpiry(lambda: files, metrics)
+def lasting(days: float, *, until_days: float) -> UsedCertificate:
+    """Returns a certificate that lasts for some days, until some days from now."""
+    ends = now_utc() + timedelta(days=until_days)
+    return UsedCertificate("tls.pem", Validity(ends - timedelta(days=days), ends))
 
 
-@pytest.mark.parametrize("content", [None, "half of a certi"])
-async def test_a_certificate_that_cannot_be_read_is_logged_and_ends_nothing(
-    pki: Pki, content: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The one in force stays, and further looks follow, which do not repeat the line."""
-    path, metrics = anyio.Path(pki.folder, "mounted.pem"), Metrics()
-    if content is not None:
-        await path.write_text(content)
-    files = {"server.tls_cert": TlsFiles("server", str(path), str(path))}
-    async with looking(watched(files, metrics), monkeypatch) as logs:
-        await until(logs, "certificate_expiry_unknown")
-        await path.write_bytes(await anyio.Path(pki.folder, "server.pem").read_bytes())
-        with anyio.fail_after(60):
-            while not values(metrics, "certificate_expires_timestamp_seconds"):
-                await anyio.sleep(0.005)
-    assert [line["event"] for line in logs] == ["certificate_expiry_unknown"]
-    assert "server.tls_cert" in logs[0]["detail"]
+async def test_a_renewed_certificate_ends_the_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log has it once, the metric until it is renewed; of one that is not used any more there is none."""
+    used, metrics = {"server.tls_cert": lasting(90, until_days=-1)}, Metrics()
+    async with looking(CertificateExpiry(lambda: used, metrics), monkeypatch) as logs:
+        await until(lambda: values(metrics, "certificate_renewal_due") == {"server.tls_cert": 1.0})
+        renewed = used["server.tls_cert"] = lasting(90, until_days=90)
+        await until(lambda: values(metrics, "certificate_renewal_due") == {"server.tls_cert": 0.0})
+        ends_s = renewed.validity.ends.timestamp()
+        assert values(metrics, "certificate_expires_timestamp_seconds") == {"server.tls_cert": ends_s}
+        used.clear()
+        await until(lambda: not values(metrics, "certificate_renewal_due"))
+        assert not values(metrics, "certificate_expires_timestamp_seconds")
+    (line,) = logs
+    assert line["event"] == "certificate_expires"
+    assert "server.tls_cert: tls.pem expired on" in line["detail"]
 
 
-async def test_a_renewed_certificate_ends_the_warning(pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log says it once, the metric until it is renewed; of one that is not used any more there is none."""
-    expired, metrics = anyio.Path(pki.folder, "expired.pem"), Metrics()
-    files = {"kasmina.tls_cert": TlsFiles("kasmina", str(expired), key_of(Path(expired)))}
-    async with looking(watched(files, metrics), monkeypatch) as logs:
-        await until(logs, "certificate_expires")
-        assert values(metrics, "certificate_renewal_due") == {"kasmina.tls_cert": 1.0}
-        await anyio.Path(pki.folder, "client.pem").rename(expired)
-        with anyio.fail_after(60):
-            while values(metrics, "certificate_renewal_due") != {"kasmina.tls_cert": 0.0}:
-                await anyio.sleep(0.005)
-        ends_s = values(metrics, "certificate_expires_timestamp_seconds")["kasmina.tls_cert"]
-        assert abs(ends_s - (now_utc() + timedelta(days=30)).timestamp()) < 3600
-        files.clear()
-        with anyio.fail_after(60):
-            while values(metrics, "certificate_renewal_due"):
-                await anyio.sleep(0.005)
-    assert len(logs) == 1
-    assert "the other side refuses it" in logs[0]["detail"]
+async def test_a_warning_is_repeated_twice_a_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it is found in the log of the last day."""
+    monkeypatch.setattr(expiry, "_REPEAT_S", 0.1)
+    looks = CertificateExpiry(lambda: {"server.tls_cert": lasting(90, until_days=3)}, Metrics())
+    async with looking(looks, monkeypatch) as logs:
+        await until(lambda: len(logs) == 2)
+    assert len({line["detail"].partition(" on ")[0] for line in logs}) == 1
 
 
 @pytest.fixture
-def protection(pki: Pki) -> tuple[CertificateExpiry, Metrics]:
-    """What a service looks at that uses certificates everywhere, and its metrics."""
+def pki(tmp_path: Path) -> Pki:
+    """A folder with certificates of a server and of a client."""
+    made = Pki(tmp_path / "pki")
+    made.server()
+    made.client("client")
+    return made
+
+
+@pytest.fixture
+def protection(pki: Pki) -> tuple[Protection, Metrics]:
+    """What protects a service that uses certificates everywhere, and its metrics."""
     server, client, web = pki.folder / "server.pem", pki.folder / "client.pem", pki.folder / "web.yml"
     web.write_text(f"tls_server_config: {{cert_file: {server.name}, key_file: {Path(key_of(server)).name}}}")
     identity = {"tls_cert": str(client), "tls_key": key_of(client), "tls_ca": str(pki.ca)}
@@ -117,16 +104,28 @@ def protection(pki: Pki) -> tuple[CertificateExpiry, Metrics]:
         }
     )
     metrics = Metrics()
-    return protected(settings, metrics).expiry, metrics
+    return protected(settings, metrics), metrics
 
 
 async def test_all_certificates_of_a_service_are_looked_at(
-    protection: tuple[CertificateExpiry, Metrics], monkeypatch: pytest.MonkeyPatch
+    pki: Pki, protection: tuple[Protection, Metrics], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of both servers, and those with which peers are called."""
-    looks, metrics = protection
+    """Those of both servers, and those with which peers are called, which are used until the end once they are read."""
+    found, metrics = protection
     expected = {"server.tls_cert", "metrics.web_config", "tamiyo.tls_cert", "kasmina.tls_cert"}
-    async with looking(looks, monkeypatch):
-        with anyio.fail_after(60):
-            while values(metrics, "certificate_renewal_due").keys() != expected:
-                await anyio.sleep(0.005)
+    async with looking(found.expiry, monkeypatch):
+        await until(lambda: values(metrics, "certificate_renewal_due").keys() == expected)
+        before = values(metrics, "certificate_expires_timestamp_seconds")
+        await anyio.to_thread.run_sync(renew, pki)
+        for watched in (found.tls, found.web):
+            assert watched is not None
+            await anyio.to_thread.run_sync(watched.refresh)
+        await until(lambda: values(metrics, "certificate_expires_timestamp_seconds") != before)
+        after = values(metrics, "certificate_expires_timestamp_seconds")
+    assert {name for name in expected if after[name] > before[name]} == {"server.tls_cert", "metrics.web_config"}
+
+
+def renew(pki: Pki) -> None:
+    """Puts certificates that last longer in the place of all."""
+    for stem in ("server", "client"):
+        pki.issuer.issue(pki.folder, stem, hosts=("localhost",) if stem == "server" else (), days=60, now=now_utc())

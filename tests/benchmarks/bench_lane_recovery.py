@@ -3,8 +3,9 @@
     python tests/benchmarks/bench_lane_recovery.py [--rounds N] [--width N]
 
 By turns. Tolaria: the lane of a service is killed, and restored from the snapshots in memory, or, where the ring has no
-room, from the newest checkpoint. The script: a bare loop over the same model and data that has saved with torch.save;
-its time is that of a new process until its first step, without a supervisor that would have to notice the death.
+room, from the newest checkpoint; or from memory by a process that was ready before (`lane.spare_after_s`). The script:
+a bare loop over the same model and data that has saved with torch.save; its time is that of a new process until its
+first step, without a supervisor that would have to notice the death.
 """
 
 from __future__ import annotations
@@ -54,10 +55,15 @@ def times_of(service: Serve, event: str) -> list[float]:
     return [datetime.fromisoformat(text).timestamp() for text in found]
 
 
-def killed(service: Serve, deaths: int) -> dict[str, float]:
-    """Kills the lane, which has died that often before; returns the parts of the gap in seconds."""
+def killed(service: Serve, deaths: int, *, spare: bool) -> dict[str, float]:
+    """Kills the lane, which has died that often before; returns the parts of the gap in seconds.
+
+    If there is to be a spare process, waits until it has imported torch.
+    """
+    while spare and not is_ready(service, deaths + 1):
+        time.sleep(0.1)
     with stub_of(service) as stub:
-        pid = next(p for p in service.children() if b"tolaria.lane" in Path(f"/proc/{p}/cmdline").read_bytes())
+        pid = status(stub).ranks[0].pid
         at_s = time.time()
         os.kill(pid, signal.SIGKILL)
         while len(times_of(service, "lane_restored")) <= deaths:
@@ -74,6 +80,22 @@ def killed(service: Serve, deaths: int) -> dict[str, float]:
         "first step": over_s - restored,
         "whole": over_s - at_s,
     }
+
+
+def is_ready(service: Serve, count: int) -> bool:
+    """Whether so many spare processes have been started, and the last one waits: it has used no CPU for a second."""
+    found = [line["pid"] for line in service.events() if line["event"] == "spare_lane_started"]
+    if len(found) < count:
+        return False
+    before_s = cpu_s(found[-1])
+    time.sleep(1)
+    return cpu_s(found[-1]) == before_s > 1
+
+
+def cpu_s(pid: int) -> float:
+    """Returns the CPU time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def script_s(folder: Path, width: int, *, saves: bool = False) -> float:
@@ -103,13 +125,16 @@ def main() -> None:
     job = ["training.job=support.user_jobs:Line", "training.options.samples=4096", "training.epochs=100000000"]
     job += [f"training.options.width={options.width}", "training.options.lr=0.0001", "lane.restarts_max=1000"]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        places = {name: Path(folder, name) for name in ("memory", "disk", "script")}
+        places = {name: Path(folder, name) for name in ("memory", "disk", "spare", "script")}
         for place in places.values():
             place.mkdir()
         disk = ["rollback.memory_mb=1", "rollback.every_steps=1000000", "checkpoint.every_steps=500"]
         services = {
             "memory": stack.enter_context(serve(*job, reference_peers=True, cwd=places["memory"])),
             "disk": stack.enter_context(serve(*job, *disk, reference_peers=True, cwd=places["disk"])),
+            "spare": stack.enter_context(
+                serve(*job, "lane.spare_after_s=0.5", reference_peers=True, cwd=places["spare"])
+            ),
         }
         script_s(places["script"], options.width, saves=True)
         time.sleep(5)
@@ -117,7 +142,7 @@ def main() -> None:
         scripts = []
         for number in range(options.rounds):
             for name, service in services.items():
-                gaps[name].append(killed(service, number))
+                gaps[name].append(killed(service, number, spare=name == "spare"))
             scripts.append(script_s(places["script"], options.width))
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, width {options.width}, {options.rounds} rounds")
     print("| from | " + " | ".join(gaps["memory"][0]) + " |")

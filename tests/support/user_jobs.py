@@ -6,7 +6,6 @@ Run one with `PYTHONPATH=tests tolaria serve --set training.job=support.user_job
 import time
 
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -105,6 +104,8 @@ class Digits:
     """Scikit-learn's digits, an MLP. Options: batch, lr, optimizer (sgd, adam), dropout, nan_sample, step_s."""
 
     def __init__(self, context):
+        from sklearn.datasets import load_digits
+
         self.options, self.seed = dict(context.options), context.seed
         data = load_digits()
         order = torch.randperm(len(data.data), generator=torch.Generator().manual_seed(0))

@@ -84,7 +84,7 @@ def test_a_death_costs_nothing_but_time(
     how: str, kind: str, words: str, *, peers: list[str], undisturbed: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
     """The service answers all along, says why the lane died, and the run ends bit-equal to one without a death."""
-    limits = ["emergency.heartbeat_timeout_s=2", "emergency.phase_timeout_s=20"]
+    limits = ["emergency.heartbeat_timeout_s=8", "emergency.phase_timeout_s=20"]
     arguments = [*FINITE, *peers, *limits, "training.options.at=100", f"training.options.how={how}"]
     with serve(*arguments, "service.exit_when_done=true", cwd=tmp_path) as service, stub_of(service) as stub:
         wait_for(lambda: losses(service) != [] or service.process.poll() is not None)
@@ -199,11 +199,11 @@ def test_a_paused_run_is_paused_after_a_death(tmp_path: Path) -> None:
 
 def test_a_lane_that_is_stopped_while_it_rests_is_noticed(peers: list[str], tmp_path: Path) -> None:
     """No heartbeat of its steps is due then, but one of its process."""
-    limits = ["emergency.heartbeat_timeout_s=2", "emergency.phase_timeout_s=3"]
+    limits = ["emergency.heartbeat_timeout_s=4", "emergency.phase_timeout_s=5"]
     with serve(*ENDLESS, *peers, *limits, cwd=tmp_path) as service, stub_of(service) as stub:
         wait_for(lambda: status(stub).global_step > 50)
         stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=60)
-        time.sleep(5)  # a rest is no silence
+        time.sleep(7)  # a rest is no silence
         assert losses(service) == []
         stop_for_good(lane_of(service))
         wait_for(lambda: recoveries(service) == 1)
@@ -365,7 +365,7 @@ def test_many_deaths_at_random_times_change_nothing(
     slow = ["training.options.step_s=0.004", "rollback.every_steps=7", "checkpoint.every_steps=45"]
     length = f"training.epochs={max(12, deaths)}"  # so long that the run does not end before the last death
     arguments = [*FINITE, *peers, *slow, length, "lane.restarts_max=1000", "lane.restart_pause_max_s=0.2"]
-    limits = ["emergency.heartbeat_timeout_s=2", "emergency.phase_timeout_s=30"]
+    limits = ["emergency.heartbeat_timeout_s=8", "emergency.phase_timeout_s=30"]
     with serve(*arguments, *limits, cwd=tmp_path) as service, stub_of(service) as stub:
         with watched(stub) as latencies:
             used, kind = list[tuple[int, int]](), "killed"

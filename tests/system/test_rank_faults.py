@@ -39,7 +39,7 @@ def test_a_rank_that_holds_its_gil_is_found_and_an_operator_can_look_at_all_rank
     peers: list[str], tmp_path: Path
 ) -> None:
     """The stacks of both ranks say who waits for whom, in the incident too; the same when training is halted."""
-    limits = ["emergency.heartbeat_timeout_s=5", "emergency.phase_timeout_s=12"]
+    limits = ["emergency.heartbeat_timeout_s=8", "emergency.phase_timeout_s=12"]
     how = ["training.options.at=40", "training.options.how=gil", "training.options.on=1"]
     with serve(*GROUP, *ENDLESS, *limits, *how, *peers, cwd=tmp_path) as service, stub_of(service) as stub:
         wait_for(lambda: named(service, "tolaria.lane_recovered") != [])

@@ -25,7 +25,7 @@ from tolaria.ranks.local_ranks import ranks_of
 JOB: Final = ["training.job=support.mortal_jobs:MortalAt", "training.device=cpu", "training.threads=1"]
 RUN: Final = [*JOB, "training.deterministic=true", "training.options.samples=160", "lane.mode=torchrun"]
 LIMITS: Final = [
-    *("emergency.heartbeat_timeout_s=5", "emergency.phase_timeout_s=12", "lane.restarts_max=1000"),
+    *("emergency.heartbeat_timeout_s=8", "emergency.phase_timeout_s=12", "lane.restarts_max=1000"),
     *("lane.restart_pause_max_s=0.2", "lane.processes=2", "rollback.every_steps=5", "checkpoint.every_steps=50"),
 ]
 

@@ -27,7 +27,7 @@ from tolaria.ranks.local_ranks import ranks_of
 JOB: Final = ["training.job=support.mortal_jobs:Mortal", "training.device=cpu", "training.threads=1"]
 GROUP: Final = [*JOB, "lane.mode=torchrun", "lane.processes=2"]
 FINITE: Final = ["training.epochs=6", "training.deterministic=true", "training.options.samples=320"]
-LIMITS: Final = ["emergency.heartbeat_timeout_s=2", "emergency.phase_timeout_s=30"]
+LIMITS: Final = ["emergency.heartbeat_timeout_s=10", "emergency.phase_timeout_s=30"]
 ENDLESS: Final = ["training.epochs=100000000", "training.options.step_s=0.001", "training.options.lr=0.001"]
 
 
@@ -117,7 +117,7 @@ def test_random_deaths_change_nothing(
         pytest.skip("several minutes: needs --long")
     rng = random.Random(5)
     limits = [
-        "emergency.heartbeat_timeout_s=3",
+        "emergency.heartbeat_timeout_s=10",
         "emergency.phase_timeout_s=20",
         "lane.restarts_max=1000",
         "lane.restart_pause_max_s=0.2",
@@ -156,7 +156,7 @@ def test_deaths_cost_nothing_but_time(
     Of each rank, which one and how is said, and of the agent; without --long of rank 0 and the agent. No process is
     left, nor a program that the job started.
     """
-    limits = ["emergency.heartbeat_timeout_s=3", "emergency.phase_timeout_s=8", "training.options.step_s=0.02"]
+    limits = ["emergency.heartbeat_timeout_s=8", "emergency.phase_timeout_s=8", "training.options.step_s=0.02"]
     arguments = [*GROUP, *FINITE, *peers, *limits, "service.exit_when_done=true", "rollback.every_steps=3"]
     arguments.append("training.options.starts=true")
     ended, deaths = list[int](), DEATHS if request.config.getoption("--long") else DEATHS[1::2]

@@ -156,7 +156,7 @@ def test_deaths_cost_nothing_but_time(
     Of each rank, which one and how is said, and of the agent; without --long of rank 0 and the agent. No process is
     left, nor a program that the job started.
     """
-    limits = ["emergency.heartbeat_timeout_s=8", "emergency.phase_timeout_s=8", "training.options.step_s=0.02"]
+    limits = ["emergency.heartbeat_timeout_s=5", "emergency.phase_timeout_s=8", "training.options.step_s=0.05"]
     arguments = [*GROUP, *FINITE, *peers, *limits, "service.exit_when_done=true", "rollback.every_steps=3"]
     arguments.append("training.options.starts=true")
     ended, deaths = list[int](), DEATHS if request.config.getoption("--long") else DEATHS[1::2]

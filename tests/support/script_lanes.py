@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ import pytest
 
 from tolaria.config import LaneSettings, Settings
 from tolaria.images import StateImage
-from tolaria.lane.messages import Event
+from tolaria.lane.messages import Command, Event
 from tolaria.lane.order import RestorePlan
 from tolaria.transport.process_lane import ProcessLane
 
@@ -55,8 +55,13 @@ class ScriptLane:
 
 
 @asynccontextmanager
-async def running_script(script: str, monkeypatch: pytest.MonkeyPatch, **settings: object) -> AsyncIterator[ScriptLane]:
-    """Runs a lane whose process is this script, after what all scripts begin with."""
+async def running_script(
+    script: str, monkeypatch: pytest.MonkeyPatch, *, before: Sequence[Command] = (), **settings: object
+) -> AsyncIterator[ScriptLane]:
+    """Runs a lane whose process is this script, after what all scripts begin with.
+
+    The commands `before` are sent when there is no process yet.
+    """
     monkeypatch.setattr("tolaria.transport.lane_start.PROGRAM", (sys.executable, "-c", COMMON + script))
     section = LaneSettings.model_validate({"restart_pause_s": 0.01, "restart_pause_max_s": 0.02, **settings})
     lane = ScriptLane(ProcessLane(Settings(lane=section)))
@@ -65,6 +70,8 @@ async def running_script(script: str, monkeypatch: pytest.MonkeyPatch, **setting
         lane.plans += 1
         return RestorePlan(), None
 
+    for command in before:
+        lane.lane.send(0, command)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(lane.lane.serve)
         lane.lane.start(lambda: lane.events.extend(lane.lane.take_events()))

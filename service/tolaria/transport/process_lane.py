@@ -59,7 +59,7 @@ class ProcessLane:
     """A `LaneHandle` of the run. Used on the event loop only; `serve` is its task.
 
     Between the loss of a process and the next one that is ready, it refuses commands and forgets holds and orders: the
-    run repeats what it still wants after `LaneRestarted`.
+    run repeats what it still wants after `LaneRestarted`. A hold from before the first one is ready is kept for it.
 
     Args:
         settings: the lane is built from them.
@@ -93,6 +93,7 @@ class ProcessLane:
             self.replicas = ReplicaKeeper(self.rendezvous, bandwidth, segments)
         self._process = LaneProcess(settings, segments, self, self.rendezvous)
         self._process.run_id = run_id
+        self._hold_number = 0
         self._digests: tuple[str, ...] = ()
         self._next_segment = 1
         self._orphans = set[int]()
@@ -163,8 +164,10 @@ class ProcessLane:
         page = self._process.page
         if isinstance(command, Stop):
             self._process.wanted, self._stopping = False, True
-        elif isinstance(command, Hold | Release) and page is not None:
-            page.hold(command.number if isinstance(command, Hold) else 0)
+        elif isinstance(command, Hold | Release):
+            self._hold_number = command.number if isinstance(command, Hold) else 0
+            if page is not None:
+                page.hold(self._hold_number)
         if not self._answering or (isinstance(command, Stop) and self._process.link is None):
             self._refuse(command)
             return
@@ -360,6 +363,8 @@ class ProcessLane:
             self._ready_at_s = time.monotonic()
             if self._opened.is_set():
                 self._events.append(LaneRestarted(self._process.generation, ready))
+            elif self._process.page is not None:
+                self._process.page.hold(self._hold_number)  # which may be older than the page
         elif isinstance(ready, LaneEnded):
             self._process.ends(str(ready.failure))
             if self._opened.is_set() and ready.failure is not None and self._same_again(ready.failure):

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from support.script_lanes import running_script
 from tolaria.config.ranks import RAISED
 from tolaria.errors import ConfigurationError, LaneFailedError, LaneLostError
-from tolaria.lane.messages import CaptureImage, LaneEnded, LaneLost, LaneRestarted, RunEpoch, Stop
+from tolaria.lane.messages import CaptureImage, Held, Hold, LaneEnded, LaneLost, LaneRestarted, Release, RunEpoch, Stop
 
 pytestmark = pytest.mark.anyio
 
@@ -168,3 +168,26 @@ async def test_stacks_of_a_rank_that_gives_heartbeats_again_are_not_in_a_later_c
             lost = await lane.until(LaneLost)
             assert isinstance(lost, LaneLost)
             assert (lost.kind, "stacks" in lost.cause) == ("exited", not recovers), lost
+
+
+HELD = """
+from tolaria.segments import Segment
+from tolaria.signals.lane_page import LanePage
+page = LanePage(Segment(0, int(options["page"])))
+say_ready()
+while not page.hold_number(): time.sleep(0.005)
+say(Held(0, page.hold_number()))
+wait()
+"""
+
+
+@pytest.mark.parametrize("released", [False, True])
+async def test_a_hold_from_before_there_is_a_process_is_kept_for_it(
+    released: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an operator who pauses a run at its start: the process that is ready then does not take a step."""
+    wanted: list[Hold | Release] = [Hold(7), Release(), Hold(9)] if released else [Hold(7)]
+    async with running_script(HELD, monkeypatch, before=wanted) as lane:
+        held = await lane.until(Held)
+        assert isinstance(held, Held)
+        assert held.number == (9 if released else 7)

@@ -48,14 +48,14 @@ class CertificateExpiry:
             await anyio.sleep(_LOOK_S)
 
     def _look(self, certificates: Mapping[str, UsedCertificate]) -> None:
-        now, expires, due = now_utc(), self._metrics.server_certificate_expires, self._metrics.server_certificate_due
+        now, metrics = now_utc(), self._metrics
         for setting in self._seen - certificates.keys():  # it is not used any more
-            expires.remove(setting)
-            due.remove(setting)
+            metrics.server_certificate_expires.remove(setting)
+            metrics.server_certificate_due.remove(setting)
         self._seen = set(certificates)
         for setting, certificate in certificates.items():
-            expires.labels(setting).set(certificate.validity.ends.timestamp())
-            due.labels(setting).set(now >= certificate.validity.renewal_due)
+            metrics.server_certificate_expires.labels(setting).set(certificate.validity.ends.timestamp())
+            metrics.server_certificate_due.labels(setting).set(now >= certificate.validity.renewal_due)
             if warning := certificate.validity.warning(setting, certificate.path, now):
                 self._warn(setting, warning)
 

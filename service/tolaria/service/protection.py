@@ -81,11 +81,12 @@ def protected(settings: Settings, metrics: Metrics) -> Protection:
         if watched is not None:
             metrics.server_credentials_current.labels(setting).set_function(partial(_is_current, watched))
 
+    cert = server.tls_cert
+
     def certificates() -> dict[str, UsedCertificate]:
         found = dict(peer_certificates)
         if tls is not None:
-            validity = Validity.of(tls.value.chain, "server.tls_cert", server.tls_cert)
-            found["server.tls_cert"] = UsedCertificate(server.tls_cert, validity)
+            found["server.tls_cert"] = UsedCertificate(cert, Validity.of(tls.value.chain, "server.tls_cert", cert))
         if web is not None and web.value.tls is not None and web.value.validity is not None:
             found[web_config.SETTING] = UsedCertificate(web.value.tls.cert, web.value.validity)
         return found

@@ -107,7 +107,7 @@ def test_expiry_is_a_warning(files: Files) -> None:
     """A service starts with an expired certificate, and warns; tokens that have expired are named."""
     expires = now_utc() + timedelta(days=1)
     files.write("tokens.toml", as_table("olga", Role.OPERATOR, "text", expires))
-    assert [(setting, fatal) for setting, fatal in found(files, timedelta(days=20))] == [
+    assert [(setting, fatal) for setting, fatal in found(files, timedelta(days=25))] == [
         ("server.tls_cert", False), ("server.tokens", False), ("server.tokens", False),
         ("metrics.web_config", False),
     ]  # fmt: skip

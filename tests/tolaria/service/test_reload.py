@@ -116,6 +116,7 @@ WHOLE = {
         "Foundation.settings",
         "BuiltLane.settings",
         "LaneProcess._settings",
+        "SpareLane._lane",
     ),  # what parts were, and lanes are, built from
     *("TrainingRun._settings", "GradientMerger._settings"),  # read nothing that is live
     "TrackingTelemetry._settings",  # tells trackers the settings that the run has begun with

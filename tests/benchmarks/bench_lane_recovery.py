@@ -66,7 +66,7 @@ def killed(service: Serve, deaths: int, *, spare: bool) -> dict[str, float]:
         pid = status(stub).ranks[0].pid
         at_s = time.time()
         os.kill(pid, signal.SIGKILL)
-        while len(times_of(service, "lane_restored")) <= deaths:
+        while min(len(times_of(service, event)) for event in ("lane_restored", "tolaria.lane_recovered")) <= deaths:
             time.sleep(0.005)
         step = next(e["step"] for e in reversed(service.events()) if e["event"] == "tolaria.lane_recovered")
         while status(stub).global_step <= step:

@@ -144,7 +144,7 @@ def _record(
 
 def _origin(row: CommandRow) -> BranchOrigin | None:
     with suppress(TypeError, ValueError):
-        return BranchOrigin(**json.loads(row.reason))
+        return BranchOrigin.from_json(row.reason)
     return None
 
 

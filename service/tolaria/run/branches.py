@@ -73,7 +73,7 @@ def branch_origin(journal: Journal, run_id: str) -> BranchOrigin | None:
     """Returns where a run has branched off; None if it is no branch, or its row cannot be read. Raises JournalError."""
     row = journal.find(CommandRow, f"{BRANCH}@{run_id}")
     try:
-        return None if row is None else BranchOrigin(**json.loads(row.reason))
+        return None if row is None else BranchOrigin.from_json(row.reason)
     except (TypeError, ValueError) as error:
         _log.error("branch_not_read", run_id=run_id, error=f"{type(error).__name__}: {error}")
         return None

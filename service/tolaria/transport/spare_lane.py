@@ -35,8 +35,8 @@ _log = structlog.get_logger(__name__)
 class SpareLane(ChildSupervisor):
     """Keeps one process ready, or the ranks of a group on this machine, with nothing of the job's in it.
 
-    One is started for each lane that has trained for `lane.spare_after_s`. If it ends by itself it is not replaced
-    before the lane is, since memory may be short.
+    One is started for each lane that was built `lane.spare_after_s` ago. If it ends by itself it is not replaced before
+    the lane is, since memory may be short.
 
     Args:
         settings: of the service.

@@ -65,3 +65,8 @@ class BranchOrigin:
     global_step: int
     digest: str
     directory: str
+
+    @classmethod
+    def from_json(cls, text: str) -> BranchOrigin:
+        """Returns the origin that the journal records as JSON. Raises TypeError or ValueError for another text."""
+        return cls(**json.loads(text))

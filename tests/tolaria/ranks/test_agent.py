@@ -6,13 +6,16 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch does not list it
 
 from tolaria.config.ranks import RankEnvironment, prepare_ranks
 from tolaria.ranks import agent
+from tolaria.ranks.group import Group
 
 ASK = """
 import os, socket, sys
@@ -51,3 +54,17 @@ def test_the_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert RankEnvironment.read().node == 1
     monkeypatch.delenv("LOCAL_RANK")
     assert RankEnvironment.read() == RankEnvironment()
+
+
+def test_a_rank_waits_for_its_leader_before_it_joins() -> None:
+    """Ranks that are started long before, to be ready, have nothing on a device; without an agent none waits."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    places = [RankEnvironment(rank, 2, agent=1, store_host="127.0.0.1", store_port=store.port) for rank in (0, 1)]
+    follower = threading.Thread(target=Group.await_leader, args=(places[1],), daemon=True)
+    follower.start()
+    follower.join(0.5)
+    assert follower.is_alive()
+    Group.await_leader(places[0])
+    follower.join(60)
+    assert not follower.is_alive()
+    Group.await_leader(RankEnvironment(1, 2))

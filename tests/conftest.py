@@ -38,7 +38,15 @@ def pytest_collection_finish() -> None:
 
 
 _LONGEST_FIRST: Final = (
-    *("test_lane_process", "test_ranks", "test_serve", "test_peer_chaos", "test_rank_moments", "test_resume"),
+    *(
+        "test_rank_deaths",
+        "test_lane_deaths",
+        "test_rank_moments",
+        "test_peer_chaos",
+        "test_lane_process",
+        "test_ranks",
+    ),
+    *("test_resume", "test_serve", "test_ends"),
     *("system", "faults", "deploy", "ranks", "trackers", "export", "run", "cli", "lane", "transport"),
 )
 """Files and directories of tests."""

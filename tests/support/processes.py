@@ -146,3 +146,14 @@ def status(stub: TolariaAdminServiceStub) -> admin.GetStatusResponse:
     """Returns the current status."""
     answer: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=60)
     return answer
+
+
+def wait_for_steps(stub: TolariaAdminServiceStub, more_than: int = 0) -> admin.GetStatusResponse:
+    """Waits at most a minute for a status with more global steps than `more_than`."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        status: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=60)
+        if status.global_step > more_than:
+            return status
+        time.sleep(0.02)
+    raise AssertionError("no step was made")

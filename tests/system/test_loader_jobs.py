@@ -162,6 +162,7 @@ def test_a_killed_worker_costs_a_restart_of_the_lane(tmp_path: Path) -> None:
     assert all(line.startswith("{") for line in service.lines), service.lines
     (lost,) = [line for line in service.events() if line["event"] == "tolaria.lane_lost"]
     assert lost["cause"] == "raised"
-    assert f"worker (pid(s) {worker})" in lost["detail"]
+    # PyTorch says one or the other: its handler of SIGCHLD, or the wait for a batch, may notice first.
+    assert any(f"worker ({pid} {worker})" in lost["detail"] for pid in ("pid", "pid(s)"))
     (raised,) = [line for line in service.events() if line["event"] == "lane_raised"]
     assert not raised.get("exception")

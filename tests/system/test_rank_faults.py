@@ -13,12 +13,11 @@ import pytest
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT
+from support.groups import GROUP, named
 from support.peers import FakeKasmina, served_without_change
-from support.processes import Serve, serve, status, stub_of
+from support.processes import serve, status, stub_of
 from support.waiting import wait_for
 
-JOB: Final = ["training.job=support.mortal_jobs:Mortal", "training.device=cpu", "training.threads=1"]
-GROUP: Final = [*JOB, "lane.mode=torchrun", "lane.processes=2"]
 ENDLESS: Final = ["training.epochs=100000000", "training.options.step_s=0.001", "training.options.lr=0.001"]
 
 
@@ -27,11 +26,6 @@ def peers() -> Iterator[list[str]]:
     """Runs a Tamiyo that changes nothing; yields the settings."""
     with served_without_change(FakeKasmina) as settings:
         yield settings
-
-
-def named(service: Serve, event: str) -> list[dict[str, object]]:
-    """Returns the log lines of an event."""
-    return [line for line in service.events() if line["event"] == event]
 
 
 @pytest.mark.timeout(900)

@@ -16,6 +16,7 @@ import pytest
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
+from support.groups import agent_of
 from support.peers import FakeKasmina, served_without_change
 from support.processes import Serve, is_alive, serve, status, stub_of
 from support.runs_on_disk import last_checkpoint
@@ -43,7 +44,7 @@ MATRIX: Final = [
     if (moment, way) not in SLOW and not (rank and moment in LEADERS)
 ]
 SHORT: Final = [("build", 1, "segv"), ("worker", 1, "kill"), ("checkpoint", 0, "exit"), ("rollback", 1, "kill")]
-"""Without --long: a kind of moment each that `test_ranks.py` has not."""
+"""Without --long: a kind of moment each that `test_rank_deaths.py` has not."""
 
 LONG: Final = 200
 
@@ -53,15 +54,6 @@ def peers() -> Iterator[list[str]]:
     """Runs a Tamiyo that changes nothing; yields the settings."""
     with served_without_change(FakeKasmina) as settings:
         yield settings
-
-
-def agent_of(service: Serve) -> int:
-    """Returns the id of the process of the agent; 0 if there is none."""
-    for pid in service.children():
-        words = Path(f"/proc/{pid}/cmdline")
-        if words.exists() and b"tolaria.ranks.agent" in words.read_bytes():
-            return pid
-    return 0
 
 
 def recovered(service: Serve) -> int:

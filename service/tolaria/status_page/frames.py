@@ -10,8 +10,8 @@ import json
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
 
 import anyio
 import anyio.lowlevel
@@ -25,12 +25,15 @@ INTERVAL_S: Final = 1.0
 FRAMES_MAX: Final = 16
 """Latest frames that are kept."""
 
+ROWS_PER_TURN: Final = 8
+"""Rows of a long section that are built and encoded before the event loop does other work: below a millisecond."""
+
 
 class Frames:
     """Renders the frames of one run. Used on the event loop only; nothing is rendered unless a viewer asks.
 
     Args:
-        builders: each builds a section, by name.
+        builders: each builds a section, by name; one that is an iterator is built row by row, with pauses.
         curves: the curves by name; more may come.
         clock: monotonic seconds.
     """
@@ -59,7 +62,7 @@ class Frames:
     async def refresh(self, *, at_once: bool = False) -> None:
         """Renders a frame if the newest one is old enough, or `at_once`, and something has changed.
 
-        The event loop does other work between two sections.
+        The event loop does other work between two sections or curves, and within sections that are built row by row.
         """
         async with self._rendering:
             now_s = self._clock()
@@ -68,11 +71,11 @@ class Frames:
             self._rendered_s = now_s
             changed = {}
             for name, build in self._builders.items():
-                text = json.dumps(build(), separators=(",", ":"))
+                text = await _encoded(build())
                 if text != self._texts.get(name):
                     changed[name] = text
                 await anyio.lowlevel.checkpoint()
-            curves = self._changed_curves()
+            curves = await self._changed_curves()
             if changed or curves:
                 self._texts |= changed
                 self.number += 1
@@ -98,15 +101,32 @@ class Frames:
         process, _, number = event_id.partition(".")
         return int(number) if process == self._process and number.isdecimal() and len(number) < 20 else -1
 
-    def _changed_curves(self) -> dict[str, str]:
-        for name, curve in self._curves.items():
-            if name not in self._encoded:
-                self._encoded[name] = EncodedCurve(curve)
-        changes = {name: encoded.changes() for name, encoded in self._encoded.items()}
-        return {name: text for name, text in changes.items() if text}
+    async def _changed_curves(self) -> dict[str, str]:
+        changes = {}
+        for name, curve in tuple(self._curves.items()):
+            encoded = self._encoded.setdefault(name, EncodedCurve(curve))
+            if text := encoded.changes():
+                changes[name] = text
+            await anyio.lowlevel.checkpoint()
+        return changes
 
     def _event(self, kind: str, sections: Mapping[str, str], curves: Mapping[str, str]) -> bytes:
         parts = [f"{json.dumps(name)}:{text}" for name, text in sections.items()]
         parts.append(f'"curves":{{{",".join(f"{json.dumps(name)}:{text}" for name, text in curves.items())}}}')
         data = ",".join(parts)
         return f"event: {kind}\nid: {self._process}.{self.number}\ndata: {{{data}}}\n\n".encode()
+
+
+async def _encoded(section: Section) -> str:
+    if not isinstance(section, Iterator):
+        return _as_json(section)
+    texts = list[str]()
+    for row in section:
+        texts.append(_as_json(row))
+        if len(texts) % ROWS_PER_TURN == 0:
+            await anyio.lowlevel.checkpoint()
+    return f"[{','.join(texts)}]"
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -27,7 +27,7 @@ from tolaria.values.evaluation import RESERVED
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.training import RankInfo, RankLoad
 
-Section: TypeAlias = "dict[str, Any] | list[dict[str, Any]]"
+Section: TypeAlias = "dict[str, Any] | list[dict[str, Any]] | Iterator[dict[str, Any]]"
 
 ROWS_MAX: Final = 50
 """Incidents, restore points and ranks that are shown; their number is shown too."""
@@ -175,8 +175,8 @@ class Sections:
     def _seeds(self) -> Section:
         status = self._parts.status
         refusals = dict(status.refusals)
-        tracks = self._parts.history.seeds.tracks.values()
-        return [_seed(track, status.global_step, refusals.get(track.seed_id, "")) for track in tracks]
+        tracks = tuple(self._parts.history.seeds.tracks.values())
+        return (_seed(track, status.global_step, refusals.get(track.seed_id, "")) for track in tracks)
 
     def _marks(self) -> Section:
         return [

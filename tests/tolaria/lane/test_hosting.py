@@ -1,4 +1,4 @@
-"""What the process of a lane does when it begins; how it dies is in tests/system/test_lane_process.py."""
+"""What the process of a lane does when it begins; how it dies is in tests/system/test_lane_deaths.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What passes between an agent and its ranks; groups that die are in tests/system/test_ranks.py."""
+"""What passes between an agent and its ranks; groups that die are in tests/system/test_rank_deaths.py."""
 
 from __future__ import annotations
 

@@ -158,6 +158,7 @@ async def test_sections_are_bounded_and_say_how_much_there_is() -> None:
     """Ranks, restore points, incidents; long texts are cut; markup is a text like any other."""
     sections, _ = await anyio.to_thread.run_sync(crowded)
     found: Any = {name: build() for name, build in sections.builders.items()}
+    found["seeds"] = list(found["seeds"])
     assert (len(found["ranks"]["rows"]), found["ranks"]["total"]) == (ROWS_MAX, 2000)
     assert (len(found["points"]["rows"]), found["points"]["total"]) == (ROWS_MAX, 216)
     assert len(found["incidents"]["rows"]) == ROWS_MAX
@@ -171,7 +172,7 @@ async def test_sections_are_bounded_and_say_how_much_there_is() -> None:
 async def test_rendering_does_not_block_the_event_loop() -> None:
     """Not for 5 ms, with as much of everything as there can be.
 
-    No section, no change of curves, no frame; of a few tries the best, since machines are busy.
+    No section, no change of curves, no frame; the median of ten tries, since machines are busy.
     """
     sections, run = await anyio.to_thread.run_sync(crowded)
     history = run.core.history

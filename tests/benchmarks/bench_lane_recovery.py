@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support.processes import Serve, python_path, serve, status, stub_of
+from support.processes import Serve, cpu_s, python_path, serve, status, stub_of
 
 SCRIPT = """
 import sys, time, torch
@@ -90,12 +90,6 @@ def is_ready(service: Serve, count: int) -> bool:
     before_s = cpu_s(found[-1])
     time.sleep(1)
     return cpu_s(found[-1]) == before_s > 1
-
-
-def cpu_s(pid: int) -> float:
-    """Returns the CPU time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def script_s(folder: Path, width: int, *, saves: bool = False) -> float:

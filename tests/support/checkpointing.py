@@ -42,7 +42,7 @@ class Disk(Filesystem):
         self.gate.set()
 
     def make_directory(self, path: Path) -> None:
-        assert self.gate.wait(20)
+        assert self.gate.wait(180)
         super().make_directory(path)
 
     def write(self, descriptor: int, content: memoryview) -> int:
@@ -161,20 +161,20 @@ class CheckpointingParts:
         """Waits until there have been `sleeps` sleeps and no checkpoint is in progress."""
         await anyio.wait_all_tasks_blocked()
         await self.until_asleep(sleeps)
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while len(self.observer.written) + len(self.observer.failed) < self.captures:
                 await anyio.sleep(0.001)
         await anyio.wait_all_tasks_blocked()
 
     async def until_asleep(self, times: int) -> None:
         """Waits until there have been `times` sleeps."""
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while len(self.slept_s) < times:
                 await anyio.sleep(0.001)
 
     async def until_writing(self) -> None:
         """Waits until the writer holds a leased image that it has not written yet."""
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while not self.leases or len(self.lane.images):
                 await anyio.sleep(0.001)
 

@@ -55,7 +55,7 @@ class Collector:
                 self._spans += [_received(service, span) for scope in resource.scope_spans for span in scope.spans]
             self._changed.notify_all()
 
-    def spans(self, *names: str, timeout_s: float = 30.0) -> list[ReceivedSpan]:
+    def spans(self, *names: str, timeout_s: float = 300.0) -> list[ReceivedSpan]:
         """Waits until a span of each name has been received; returns all spans so far."""
         with self._changed:
             found = self._changed.wait_for(lambda: {span.name for span in self._spans} >= set(names), timeout_s)

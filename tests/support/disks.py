@@ -33,7 +33,7 @@ class FailingDisk(Filesystem):
 
     def read_into(self, descriptor: int, buffer: memoryview) -> int:
         self.reading.set()
-        assert self.gate.wait(20)
+        assert self.gate.wait(180)
         return super().read_into(descriptor, buffer)
 
     def __getattribute__(self, name: str) -> object:

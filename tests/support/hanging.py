@@ -56,7 +56,7 @@ class PeerProcess:
 
     async def idle(self, before: Footprint) -> Handlers:
         """Waits up to a minute until no handler runs and no more tasks than in `before`; returns the counts."""
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while True:
                 now = await self.handlers()
                 if not now.running and now.footprint.tasks <= before.tasks:
@@ -74,7 +74,7 @@ async def peer_process(behaviour: Behaviour) -> AsyncIterator[PeerProcess]:
     environment = {"PYTHONPATH": python_path(), "GRPC_VERBOSITY": "NONE"}
     async with await anyio.open_process(command_line, stdin=subprocess.PIPE, stderr=None, env=environment) as process:
         child = PeerProcess(process)
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             await child.read_target()
         try:
             yield child

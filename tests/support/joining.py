@@ -44,7 +44,7 @@ class Door:
 
     async def connect(self) -> anyio.abc.SocketStream:
         """Returns a connection to it, once it is open."""
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while True:
                 with suppress(OSError):
                     return await anyio.connect_tcp("127.0.0.1", self.port)
@@ -83,7 +83,7 @@ class Machine:
 
     async def hear(self) -> admission.ToMachine:
         """Returns the next message that is no heartbeat, and not about replicas that no service needs."""
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while True:
                 message = admission.for_machine(await self.channel.receive())
                 if not isinstance(message, admission.Alive) and message != admission.KeepReplicas(()):

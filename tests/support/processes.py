@@ -19,7 +19,7 @@ import grpc
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 240.0
 TESTS = Path(__file__).parents[1]
 
 
@@ -72,7 +72,7 @@ class Serve:
         """Sends SIGTERM."""
         self.process.send_signal(signal.SIGTERM)
 
-    def wait(self, timeout_s: float = 180.0) -> int:
+    def wait(self, timeout_s: float = 300.0) -> int:
         """Waits for the end; returns the exit code, once the whole log has been read."""
         code = self.process.wait(timeout_s)
         self.reader.join(5)
@@ -157,3 +157,9 @@ def wait_for_steps(stub: TolariaAdminServiceStub, more_than: int = 0) -> admin.G
             return status
         time.sleep(0.02)
     raise AssertionError("no step was made")
+
+
+def cpu_s(pid: int) -> float:
+    """Returns the CPU time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -282,7 +282,7 @@ def ended(run: RunningLane) -> bool:
 
 
 def _restored(run: RunningLane, command: Restore) -> list[object]:
-    done = run.done(run.send(command), timeout_s=60)
+    done = run.done(run.send(command), timeout_s=180)
     if not isinstance(done.result, Restored):
         return [str(done.failure)]
     return [done.result.position.global_step, done.result.state_digest == done.result.expected_digest]

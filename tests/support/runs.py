@@ -155,7 +155,7 @@ class RunUnderTest:
 
     async def until(self, predicate: Callable[[], bool]) -> None:
         """Waits until `predicate()` is true, for at most a minute."""
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while not predicate():
                 await anyio.sleep(0.002)
 

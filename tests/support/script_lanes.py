@@ -48,7 +48,7 @@ class ScriptLane:
 
     async def until(self, kind: type[Event], count: int = 1) -> Event:
         """Waits for that many events of a kind; returns the last one."""
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while len(found := [event for event in self.events if isinstance(event, kind)]) < count:
                 await anyio.sleep(0.005)
         return found[count - 1]
@@ -77,7 +77,7 @@ async def running_script(
         lane.lane.start(lambda: lane.events.extend(lane.lane.take_events()))
         try:
             lane.lane.plan = plan
-            with anyio.fail_after(60):
+            with anyio.fail_after(180):
                 await lane.lane.open()
             assert lane.plans == 0  # the first process resumes from what the run has loaded
             yield lane

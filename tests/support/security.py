@@ -91,7 +91,7 @@ class Protected:
     async def counts(self, caller: str, code: str, calls: int) -> None:
         """Waits until that many calls are counted for a caller and a status, which may be after their answers."""
         labels = {"caller": caller, "code": code}
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while (self.metrics.registry.get_sample_value("tolaria.server.calls_total", labels) or 0.0) != calls:
                 await anyio.sleep(0.005)
 

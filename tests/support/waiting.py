@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_for(holds: Callable[[], bool], timeout_s: float = 180.0, *, every_s: float = 0.01) -> None:
+def wait_for(holds: Callable[[], bool], timeout_s: float = 300.0, *, every_s: float = 0.01) -> None:
     """Polls until the condition holds; raises AssertionError after the timeout."""
     deadline_s = time.monotonic() + timeout_s
     while not holds():

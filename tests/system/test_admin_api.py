@@ -152,6 +152,6 @@ def test_the_examples_that_follow_and_end_run(service: Serve, monkeypatch: pytes
     run_python(service, ["Shutdown"])
     assert CliRunner().invoke(app, command("Shutdown")).exit_code in {1, 3}  # it is stopping, or has ended
     assert service.wait() == 0
-    assert following.wait(60) == 0
+    assert following.wait(180) == 0
     assert following.stderr is not None
     following.stderr.close()

@@ -95,7 +95,7 @@ secret = "{SECRET}"
         address, metrics = service.addresses()
         tokens = {role: (folder / "secrets" / f"{role}.token").read_text().strip() for role in ROLES}
         found = Site(service, folder, address, metrics, tokens)
-        wait_for(lambda: "running" in found.tolaria("status", role="viewer"), timeout_s=120)
+        wait_for(lambda: "running" in found.tolaria("status", role="viewer"))
         yield found
 
 
@@ -140,7 +140,7 @@ def test_the_audit_names_who_changed_what_and_why(site: Site) -> None:
     made = next(line for line in lines if "CreateCheckpoint" in line)
     assert re.search(r"the-operator +operator +127\.0\.0\.1:\d+ +CreateCheckpoint +\d+ +OK +before lunch", made)
     assert any("the-viewer" in line and "PERMISSION_DENIED" in line for line in lines)
-    wait_for(lambda: "before lunch" in tolaria("audit", "--state-dir", "state", folder=site.folder), timeout_s=30)
+    wait_for(lambda: "before lunch" in tolaria("audit", "--state-dir", "state", folder=site.folder))
     logged = [event for event in site.service.events() if event["event"] == "admin_call"]
     assert {"the-operator"} <= {event["caller"] for event in logged if event["reason"] == "before lunch"}
 
@@ -201,9 +201,9 @@ def test_a_revoked_token_is_refused_while_the_service_runs(site: Site) -> None:
     """And a new one accepted, within seconds."""
     new = ("--role", "viewer", "--file", "secrets/tokens.toml", "--out", "secrets/guest.token")
     tolaria("token", "new", "guest", *new, folder=site.folder)
-    wait_for(lambda: "running" in site.tolaria("status", role="guest", code=None), timeout_s=60)
+    wait_for(lambda: "running" in site.tolaria("status", role="guest", code=None))
     tolaria("token", "revoke", "guest", "--file", "secrets/tokens.toml", folder=site.folder)
-    wait_for(lambda: "not known" in site.tolaria("status", role="guest", code=None), timeout_s=60)
+    wait_for(lambda: "not known" in site.tolaria("status", role="guest", code=None))
 
 
 def proc(pid: int, name: str) -> bytes:

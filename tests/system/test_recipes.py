@@ -51,7 +51,7 @@ def test_a_recipe_runs(name: str, tmp_path: Path) -> None:
     length = steps if any("training.steps" in each for each in given) else ("training.epochs=3",)
     settings = [*given, *length, "service.exit_when_done=true"]
     with serve(*settings, cwd=tmp_path, reference_peers=True) as service:
-        assert service.wait(240) == 0
+        assert service.wait() == 0
         events = service.events()
     losses = [event["validation_loss"] for event in events if event["event"] == "epoch_finished"]
     assert len(losses) == 3

@@ -22,12 +22,12 @@ def test_traces_are_linked_across_processes(tmp_path: Path, monkeypatch: pytest.
     with http_collector() as collector:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
         with serve("training.epochs=100000", cwd=tmp_path, reference_peers=True) as service, stub_of(service) as stub:
-            collector.spans("tolaria.epoch", "kasmina/ExportSeedStates", "tolaria.checkpoint", timeout_s=60)
+            collector.spans("tolaria.epoch", "kasmina/ExportSeedStates", "tolaria.checkpoint")
             request = admin.TriggerRollbackRequest(request_id="r-1", reason="practice")
             stub.TriggerRollback(request, timeout=60, metadata=(("traceparent", CALLER),))
-            collector.spans("tolaria.rollback", "tamiyo/PrepareRollback", timeout_s=30)
+            collector.spans("tolaria.rollback", "tamiyo/PrepareRollback")
             os.kill(status(stub).ranks[0].pid, signal.SIGKILL)
-            spans = collector.spans("tolaria.lane_restart", timeout_s=60)
+            spans = collector.spans("tolaria.lane_restart")
             service.terminate()
             service.wait()
     by_id = {(span.service, span.span_id): span for span in spans}

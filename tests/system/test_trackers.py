@@ -65,7 +65,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
         with serve(*SETTINGS, cwd=directory) as service:
             children += service.children()
             page = first_frame(service.addresses()[1])
-            code = service.wait(180)
+            code = service.wait()
             log += service.events()
         wait_for(lambda: not any(map(is_alive, children)))
     state = directory / "state"

@@ -272,7 +272,7 @@ class LaneProcess(ChildSupervisor):
 
     async def _spawn(self, formation: Formation) -> StartedLane:
         """Starts the process that waits already, if there is one, or else another."""
-        if (spare := self._spare.take()) is not None:
+        if (spare := await self._spare.take()) is not None:
             self._child, self.pid = spare.child, spare.child.process.pid
             try:
                 await self._spare.released()

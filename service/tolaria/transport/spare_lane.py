@@ -17,7 +17,7 @@ from tolaria.cgroups import kills_together, memory_left
 from tolaria.config import Settings
 from tolaria.errors import ChildFailedError
 from tolaria.processes import ChildSupervisor, RestartPolicy
-from tolaria.ranks.local_ranks import children_of
+from tolaria.ranks.local_ranks import children_of, state_of
 from tolaria.signals.lane_page import LanePage
 from tolaria.transport.lane_end import kill_group
 from tolaria.transport.lane_start import StartedLane, accept_lane, connected, lane_command
@@ -28,6 +28,8 @@ _MEMORY_BYTES: Final = 2**31
 
 _FIRST_KILLED: Final = "1000"
 """Score by which the system, out of memory, ends this process before any other, and so not the lane."""
+
+_STOPPED: Final = {"T", "t"}
 
 _log = structlog.get_logger(__name__)
 
@@ -81,23 +83,31 @@ class SpareLane(ChildSupervisor):
             self._busy = False
             self._idle.set()
 
-    def take(self) -> StartedLane | None:
+    async def take(self) -> StartedLane | None:
         """Returns the process that is ready, which from then on is the caller's; None if there is none.
 
-        Its output is read, and its score is that of a spare one, until `released` returns.
+        One that is stopped, or has a stopped rank, would do nothing: it is ended. The output of the one that is
+        returned is read, and its score is that of a spare one, until `released` returns.
         """
         started = self._started
-        if started is None or self._waiting is None or started.child.process.returncode is not None:
+        if started is None or self._waiting is None:
+            return None
+        is_stopped = await anyio.to_thread.run_sync(_is_stopped, self.pid)
+        if self._started is not started or started.child.process.returncode is not None:
+            return None
+        self._waiting.cancel()
+        if is_stopped:
+            _log.warning("spare_lane_failed", error="it is stopped, as by a debugger")
             return None
         self._started = self._child = None
-        self._waiting.cancel()
         return started
 
     async def released(self) -> None:
         """Waits until nothing is done here any more with the process that was taken."""
         if self._idle is not None:
             await self._idle.wait()
-        await anyio.to_thread.run_sync(_set_score, self.pid, None)
+        if failure := await anyio.to_thread.run_sync(_set_score, self.pid, None):
+            _log.warning("spare_lane_failed", error=f"it stays the first to be killed for lack of memory: {failure}")
 
     def accept(self, announcement: Mapping[str, Any]) -> None:
         """Takes the announcement that every process of the lane makes."""
@@ -144,15 +154,30 @@ class SpareLane(ChildSupervisor):
             raise ChildFailedError("spare lane", detail)
 
 
-def _set_score(pid: int, score: str | None) -> None:
+def _is_stopped(pid: int) -> bool:
+    """Whether a process, or a rank that it has started, is stopped; reads files."""
+    for each in (pid, *children_of(pid)):
+        with suppress(OSError):  # it has gone
+            if state_of(each) in _STOPPED:
+                return True
+    return False
+
+
+def _set_score(pid: int, score: str | None) -> str:
     """Sets how soon the system ends a process, and the ranks that it has started, when it has no memory.
 
-    None: as soon as this process. Reads and writes files.
+    None: as soon as this process. Reads and writes files. Returns why it cannot be set; empty if it is, or the process
+    has gone.
     """
-    score = score or Path("/proc/self/oom_score_adj").read_text(encoding="ascii")
+    score, failure = score or Path("/proc/self/oom_score_adj").read_text(encoding="ascii"), ""
     done = set[int]()
     while left := {pid, *children_of(pid)} - done:  # those that are started meanwhile inherit one of the two
         for each in sorted(left, key=lambda one: one != pid):
-            with suppress(OSError):  # it has gone
+            try:
                 Path(f"/proc/{each}/oom_score_adj").write_text(score, encoding="ascii")
+            except (FileNotFoundError, ProcessLookupError):  # it has gone
+                continue
+            except OSError as error:
+                failure = str(error)
         done |= left
+    return failure

@@ -32,7 +32,7 @@ class GatedFilesystem(Filesystem):
         self.fails = False
 
     def make_directory(self, path: Path) -> None:
-        assert self.gate.wait(20)
+        assert self.gate.wait(180)
         if self.fails:
             raise OSError(28, "No space left on device")
         super().make_directory(path)

@@ -34,7 +34,7 @@ class GatedJournal(Journal):
         self.gate.set()
 
     def put(self, row: Row) -> None:
-        assert self.gate.wait(30)
+        assert self.gate.wait(180)
         super().put(row)
 
 
@@ -129,7 +129,7 @@ async def test_serve_writes_rows_queued_after_a_pause(journal: GatedJournal) -> 
         for key in ("first", "second"):
             await anyio.wait_all_tasks_blocked()
             async_journal.note(fault(key))
-            with anyio.fail_after(60):
+            with anyio.fail_after(180):
                 while async_journal.waiting:
                     await anyio.sleep(0.001)
         tasks.cancel_scope.cancel()
@@ -193,7 +193,7 @@ async def test_a_full_disk_loses_nothing_and_is_reported(
     with capture_logs() as logs:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(async_journal.serve)
-            with anyio.fail_after(60):
+            with anyio.fail_after(180):
                 while async_journal.waiting:
                     seen.append(async_journal.failing)
                     await anyio.sleep(0.001)

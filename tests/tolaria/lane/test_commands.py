@@ -108,7 +108,7 @@ def test_a_held_lane_waits_between_microbatches_until_released() -> None:
         queue.put(0, Hold(number))
         holds.event.clear()
         thread, results = in_thread(queue.continue_step)
-        assert holds.event.wait(5)
+        assert holds.event.wait(180)
         assert thread.is_alive()
         assert holds.numbers == list(range(1, number + 1))
         queue.put(0, Release())
@@ -122,10 +122,10 @@ def test_a_second_hold_is_reported_with_its_own_number() -> None:
     queue = new_queue(holds)
     queue.put(0, Hold(1))
     thread, results = in_thread(queue.continue_step)
-    assert holds.event.wait(5)
+    assert holds.event.wait(180)
     holds.event.clear()
     queue.put(0, Hold(2))
-    assert holds.event.wait(5)
+    assert holds.event.wait(180)
     assert holds.numbers == [1, 2]
     queue.put(0, Release())
     thread.join(5)
@@ -138,7 +138,7 @@ def test_a_held_idle_lane_takes_no_epoch_until_released() -> None:
     queue = new_queue(holds)
     queue.put(0, Hold(1))
     thread, results = in_thread(queue.next_work)
-    assert holds.event.wait(5)
+    assert holds.event.wait(180)
     queue.put(1, RunEpoch(3))
     thread.join(0.05)
     assert thread.is_alive()
@@ -153,7 +153,7 @@ def test_a_stop_abandons_a_held_step_and_ends_an_idle_lane() -> None:
     queue = new_queue(holds)
     queue.put(0, Hold(1))
     thread, results = in_thread(queue.continue_step)
-    assert holds.event.wait(5)
+    assert holds.event.wait(180)
     queue.put(0, Stop())
     thread.join(5)
     assert results == [False]
@@ -210,7 +210,7 @@ def test_any_command_abandons_a_held_step() -> None:
     queue = new_queue(holds)
     queue.put(0, Hold(1))
     thread, results = in_thread(queue.continue_step)
-    assert holds.event.wait(5)
+    assert holds.event.wait(180)
     queue.put(1, SEEDS)
     thread.join(5)
     assert results == [False]
@@ -367,7 +367,7 @@ def test_a_hold_in_shared_memory_precedes_its_command() -> None:
     assert queue.continue_step()
     wanted[0] = 5
     thread, results = in_thread(queue.continue_step)
-    assert holds.event.wait(5)
+    assert holds.event.wait(180)
     queue.put(0, Hold(5))
     wanted[0] = 0
     queue.put(0, Release())

@@ -255,7 +255,7 @@ def test_an_evaluation_starts_again_after_a_restore(monkeypatch: pytest.MonkeyPa
     assert isinstance(job, LongValidationJob)
     with running(lane) as run:
         run.send(RunEpoch(1))
-        assert job.validating.wait(20)
+        assert job.validating.wait(180)
         assert len(run.all_of(StepDone)) == 8  # the client has all steps before a long evaluation
         number = run.send(restore())
         job.passes.release(100)

@@ -73,7 +73,7 @@ class ScriptedPeers:
 @asynccontextmanager
 async def serving(peers: ScriptedPeers) -> AsyncIterator[None]:
     """Serves the consultations while the block runs, and until all are settled."""
-    with anyio.fail_after(60):
+    with anyio.fail_after(180):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(peers.consultations.serve)
             yield

@@ -41,7 +41,7 @@ async def both(first: Callable[[], Awaitable[object]], second: Callable[[], Awai
     async def keep() -> None:
         found.append(await second())
 
-    with anyio.fail_after(60):
+    with anyio.fail_after(180):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(first)  # type: ignore[arg-type] # any awaitable will do
             tasks.start_soon(keep)
@@ -147,7 +147,7 @@ async def test_garbage_never_joins() -> None:
             data = content if case % 2 else framed(content)
             await stranger.send(data if case else b"\xff\xff\xff\xff")
             await stranger.send_eof()
-            with anyio.fail_after(60), pytest.raises((ChannelError, JoinRefusedError)):
+            with anyio.fail_after(180), pytest.raises((ChannelError, JoinRefusedError)):
                 await Channel.accept(service, SECRET)
 
 
@@ -184,7 +184,7 @@ async def test_a_join_that_is_cut_at_any_byte_ends() -> None:
         async with connected() as (stranger, service):
             await stranger.send(whole[:size]) if size else None
             await stranger.send_eof()
-            with anyio.fail_after(60), pytest.raises(ChannelError, match="the connection has ended"):
+            with anyio.fail_after(180), pytest.raises(ChannelError, match="the connection has ended"):
                 await Channel.accept(service, SECRET)
 
 
@@ -207,7 +207,7 @@ async def test_frames_that_were_tampered_with_end_the_connection(misdeed: str) -
         await through.send_eof()
         if misdeed == "repeated":
             assert await receiver.receive() == b"first"
-        with anyio.fail_after(60), pytest.raises(ChannelError) as found:
+        with anyio.fail_after(180), pytest.raises(ChannelError) as found:
             await receiver.receive()
         assert str(found.value) == ("the connection has ended" if misdeed == "cut" else "a frame is not authentic")
 

@@ -54,7 +54,7 @@ class Joined:
 
 async def until(condition: object) -> None:
     """Waits until a function of no arguments returns something true."""
-    with anyio.fail_after(60):
+    with anyio.fail_after(180):
         while not condition():  # type: ignore[operator] # a function
             await anyio.sleep(0.01)
 
@@ -87,7 +87,7 @@ def run_script(monkeypatch: pytest.MonkeyPatch, directory: Path, rest: str) -> N
 
 async def started(met: Meeting, generation: int = 1) -> None:
     """Starts a group with the machine that is ready."""
-    with anyio.fail_after(60):
+    with anyio.fail_after(180):
         formation = await met.rendezvous.form()
     with formation:
         assert len(formation.nodes) == 1
@@ -97,7 +97,7 @@ async def started(met: Meeting, generation: int = 1) -> None:
 async def agents(directory: Path, count: int = 1) -> list[tuple[int, int, dict[str, str]]]:
     """Waits until `count` agents have started; returns their process ids, those of their ranks, and their options."""
     file = anyio.Path(directory / "started")
-    with anyio.fail_after(60):
+    with anyio.fail_after(180):
         while not await file.exists() or len(lines := (await file.read_text()).splitlines()) < count:
             await anyio.sleep(0.01)
     return [tuple(json.loads(line)) for line in lines]
@@ -118,7 +118,7 @@ async def test_ranks_run_from_start_to_stop_again_and_again(monkeypatch: pytest.
         await started(met, 3)
         *_, (agent, rank, _) = await agents(tmp_path, 3)
         await met.rendezvous.end(failed=False, detail="the run has ended")
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             await joined.ended.wait()
         await until(lambda: not any(map(is_alive, (agent, rank))))
     assert joined.error is None
@@ -253,7 +253,7 @@ async def test_refusals_end_the_command(monkeypatch: pytest.MonkeyPatch, tmp_pat
 async def test_a_failed_run_is_a_failure(tmp_path: Path) -> None:
     """With its reason."""
     async with meeting(tmp_path, nodes=2) as met, node_of(met.port) as joined:
-        with anyio.fail_after(60), await met.rendezvous.form():
+        with anyio.fail_after(180), await met.rendezvous.form():
             await met.rendezvous.end(failed=True, detail="no memory")
         async with joined_end(joined):
             assert str(joined.error) == "no memory"
@@ -268,7 +268,7 @@ async def test_a_machine_that_allocates_memory_for_a_replica_stays(
     point, segment = ReplicaPoint("run", image.seal().total, 7, 1), share(image)
 
     def slowly(number: int, size_bytes: int) -> Segment:
-        assert allowed.wait(60)
+        assert allowed.wait(180)
         return create(number, size_bytes)
 
     monkeypatch.setattr(Segment, "create", slowly)
@@ -297,6 +297,6 @@ async def test_a_machine_that_allocates_memory_for_a_replica_stays(
 @asynccontextmanager
 async def joined_end(joined: Joined) -> AsyncIterator[None]:
     """Waits until the node has ended."""
-    with anyio.fail_after(60):
+    with anyio.fail_after(180):
         await joined.ended.wait()
     yield

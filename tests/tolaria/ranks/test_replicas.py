@@ -208,11 +208,11 @@ async def test_a_machine_goes_on_while_memory_is_allocated_and_digests_are_compu
     allowed, create, verified = threading.Event(), Segment.create, IncomingReplica.verified
 
     def slowly(number: int, size_bytes: int) -> Segment:
-        assert allowed.wait(30)
+        assert allowed.wait(180)
         return create(number, size_bytes)
 
     def slowly_verified(incoming: IncomingReplica) -> StateImage:
-        assert allowed.wait(30)
+        assert allowed.wait(180)
         return verified(incoming)
 
     machine, (segment, announced) = Machine(), sent(7)

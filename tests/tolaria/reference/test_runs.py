@@ -16,7 +16,7 @@ pytestmark = pytest.mark.anyio
 async def end_of(run: RunUnderTest) -> None:
     """Trains until the run has finished or is halted, for at most a minute."""
     async with running(run):
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             await run.status.feed.until(lambda: run.state in {"FINISHED", "HALTED"})
     assert run.state == "FINISHED"
 

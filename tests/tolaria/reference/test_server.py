@@ -239,7 +239,7 @@ async def test_a_peer_sends_heartbeats_acknowledges_and_joins_a_new_board(tmp_pa
         for run_id in ("one", "two"):
             board = await anyio.to_thread.run_sync(SignalBoard.create, path, run_id)
             me = board.claim("tolaria")
-            with anyio.fail_after(60):
+            with anyio.fail_after(180):
                 while not board.read("kasmina").heartbeat_ns:
                     await anyio.sleep(0.01)
                 signal_id = me.raise_level(e.EMERGENCY_LEVEL_HALT, "smoke")

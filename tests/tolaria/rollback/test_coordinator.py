@@ -250,7 +250,7 @@ async def test_a_hanging_journal_does_not_hold_the_lane() -> None:
     """The rollback ends within a bounded time and says that it is not recorded yet."""
     parts = CoordinatedParts()
     parts.journal.hangs = True
-    with anyio.fail_after(60):
+    with anyio.fail_after(180):
         rollback = await parts.run()
     assert rollback.ending is Ending.RESTORED
     assert isinstance(rollback.unrecorded, JournalUnavailableError)

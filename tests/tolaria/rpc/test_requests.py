@@ -227,7 +227,7 @@ async def test_a_journal_that_hangs_delays_neither_the_effect_nor_the_answer() -
     operation, journal = Operation(), MemoryJournal()
     journal.hangs = True
     async with open_ledger(journal) as ledger:
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             first = await ledger.once(request(), operation.now)
             assert await ledger.once(request(), operation.now) == first
     assert operation.times == 1
@@ -252,11 +252,11 @@ class BlockingJournal(Journal):
         self.gate.set()
 
     def find(self, *args: object) -> object:  # type: ignore[override]
-        assert self.gate.wait(30)
+        assert self.gate.wait(180)
         return super().find(*args)  # type: ignore[arg-type]
 
     def answer_once(self, row: AdminActionRow) -> AdminActionRow:
-        assert self.gate.wait(30)
+        assert self.gate.wait(180)
         return super().answer_once(row)
 
 
@@ -272,7 +272,7 @@ async def test_an_answer_is_in_the_journal_once_the_disk_responds(journal: Block
     operation, rows = Operation(), AsyncJournal(journal, "run")
     journal.gate.clear()
     try:
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             async with open_ledger(rows) as ledger:
                 answer = await ledger.once(request(), operation.now)
                 assert await ledger.once(request(), operation.now) == answer

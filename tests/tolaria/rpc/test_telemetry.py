@@ -38,7 +38,7 @@ class Subscriber:
 
     async def next(self) -> admin.StreamTelemetryResponse:
         """Waits for a response, which must come."""
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             response = await self.call.read()
         assert isinstance(response, admin.StreamTelemetryResponse)
         return response
@@ -56,7 +56,7 @@ async def subscribed(channel: grpc.aio.Channel, **wanted: Any) -> AsyncIterator[
     """Subscribes, and leaves at the end of the block."""
     call = stub_of(channel).StreamTelemetry(admin.StreamTelemetryRequest(**wanted))
     try:
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             await call.initial_metadata()
         yield Subscriber(call)
     finally:
@@ -170,7 +170,7 @@ async def test_the_stream_ends_with_the_service() -> None:
         run.core.foundation.emitter.emit(events.BREAKER_CLOSED, breaker="tamiyo")
         run.core.telemetry.close()
         assert await names(subscriber, 1) == ["tolaria.breaker_closed"]
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             assert await subscriber.call.read() is grpc.aio.EOF
 
 

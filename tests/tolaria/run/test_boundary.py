@@ -57,7 +57,7 @@ async def waiting(
         await boundary.wait_for_answer(STATE, REFUSALS, since_s=time.monotonic())
         it.over = True
 
-    with anyio.fail_after(60):
+    with anyio.fail_after(180):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(wait)
             await anyio.wait_all_tasks_blocked()

@@ -165,7 +165,7 @@ async def test_a_hanging_disk_is_reported(make_parts: CheckpointingFactory, monk
     parts.disk.gate.clear()
     async with serving(parts):
         parts.checkpointing.on_epoch(epoch_done(0))
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while not parts.checkpointing.failing:
                 await anyio.sleep(0.001)
         assert parts.checkpointing.failing == "the checkpoint of step 0 takes longer than 0.01 s"
@@ -212,7 +212,7 @@ async def test_a_busy_writer_is_waited_for_by_operators_only(make_parts: Checkpo
             tasks.start_soon(parts.checkpointing.create, "test")
             await parts.until_asleep(1)
             parts.disk.gate.set()
-            with anyio.fail_after(60):
+            with anyio.fail_after(180):
                 while len(await parts.steps()) < 2:
                     await anyio.sleep(0.001)
             parts.wake()
@@ -338,7 +338,7 @@ async def test_superseding_does_not_wait_long_for_the_journal(
     """The lane is held meanwhile; the log says that checkpoints are not superseded."""
     parts = await make_parts()
     monkeypatch.setattr("tolaria.journal.async_journal.AsyncJournal.follow", _never)
-    with capture_logs() as logs, anyio.fail_after(60):
+    with capture_logs() as logs, anyio.fail_after(180):
         await parts.checkpointing.follow(Lineage(), "back to 3")
     assert [(line["event"], line["detail"]) for line in logs] == [
         ("checkpoints_not_superseded", "back to 3: the journal did not answer")
@@ -381,7 +381,7 @@ async def test_a_branch_is_saved_after_a_checkpoint_that_it_has_undone(make_part
         go_back(parts, 4)
         await parts.checkpointing.save_branch(4)
         parts.disk.gate.set()
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while await parts.steps() != [4]:
                 await anyio.sleep(0.001)
         await parts.checkpointing.save_branch(4)

@@ -153,7 +153,7 @@ class FuzzedRun:
     async def _consult(self, *, behind: bool) -> Consultation:
         step = self.run.status.global_step - behind
         consultation = self.run.consultations.ask(SystemStatePacket(current_epoch=1, global_step=step))
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             await consultation.settled.wait()
         await self.run.until(lambda: not self.run.recovery.running)
         await self.run.core.lane.call(SkipBatches(()))  # changes nothing, and follows all commands before it

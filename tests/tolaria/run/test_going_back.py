@@ -129,7 +129,7 @@ async def test_epochs_of_one_update_keep_a_proven_checkpoint() -> None:
         await run.run.pause("look")
         await run.until(lambda: not run.core.foundation.writer.pending)
         proven: list[int] = []
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while not proven:  # written behind the checkpoints
                 rows = await run.journal.kept_points()
                 proven = [row.global_step for row in rows if row.proven]

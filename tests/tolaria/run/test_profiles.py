@@ -206,7 +206,7 @@ async def test_refused_requests_get_the_reason(tmp_path: Path) -> None:
             errors: list[grpc.aio.AioRpcError] = []
 
             async def ask() -> None:
-                with anyio.fail_after(60):
+                with anyio.fail_after(180):
                     errors.append(await error_of(capture("first", 5)))
 
             tasks.start_soon(ask)
@@ -247,7 +247,7 @@ async def test_an_exception_of_the_job_ends_the_profile(tmp_path: Path) -> None:
 
         async def ask() -> None:
             try:
-                with anyio.fail_after(60):
+                with anyio.fail_after(180):
                     await run.run.capture_profile(100)
             except TolariaError as error:
                 errors.append(error)

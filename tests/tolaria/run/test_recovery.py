@@ -407,7 +407,7 @@ async def test_a_slow_disk_is_given_up_at_the_deadline(storage: Storage, disk: F
     parts = RecoveryParts(storage, budget_s=0.2)
     disk.gate.clear()
     async with serving(parts):
-        with anyio.fail_after(60), pytest.raises(RestoreAbandonedError):
+        with anyio.fail_after(180), pytest.raises(RestoreAbandonedError):
             await parts.recovery.roll_back(Rollback(ROLLBACK_TIER_FULL, None, "odd", "operator"))
         assert disk.reading.is_set()
         disk.gate.set()
@@ -450,7 +450,7 @@ async def test_a_cut_is_durable_before_training_goes_on(storage: Storage) -> Non
     parts.health.spoiled = ((1, 4),)
     async with serving(parts):
         parts.recovery.retreat(Retreat("loss exploded", 9, (), RateCut(0.25, 30)))
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while not parts.lane.sent_of(SkipBatches):
                 await anyio.sleep(0.001)
         assert parts.client.held_for("rollback")
@@ -472,7 +472,7 @@ async def test_without_a_snapshot_a_retreat_takes_a_checkpoint(storage: Storage)
     await prove_checkpoints(storage)
     async with serving(parts):
         parts.recovery.retreat(Retreat("odd", 5, (), RateCut(0.5, 3)))
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while not parts.journal.rollbacks:
                 await anyio.sleep(0.001)
     assert [(row.tier, row.restored_step) for row in parts.journal.rollbacks] == [("full", 2)]
@@ -484,7 +484,7 @@ async def test_a_retreat_takes_the_newest_proven_point_of_both_tiers(storage: St
     await prove_checkpoints(storage)
     async with serving(parts):
         parts.recovery.retreat(Retreat("odd", 6, (), RateCut(0.5, 3)))
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while not parts.journal.rollbacks:
                 await anyio.sleep(0.001)
     (row,) = parts.journal.rollbacks
@@ -498,7 +498,7 @@ async def test_a_retreat_without_a_restore_point_halts(storage: Storage) -> None
     async with serving(parts):
         parts.recovery.retreat(Retreat("loss exploded", 9, (), RateCut(0.5, 3), older_than=3))
         await anyio.wait_all_tasks_blocked()
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while parts.recovery.running:
                 await anyio.sleep(0.001)
     assert parts.recorder.log == [("started", True), ("failed", True), ("ended", True)]
@@ -519,7 +519,7 @@ async def test_a_trend_without_a_restore_point_does_not_halt(storage: Storage) -
     parts = RecoveryParts(storage)
     async with serving(parts):
         parts.recovery.retreat(Retreat("rises slowly", 9, (), RateCut(0.5, 3), older_than=3, trend=True))
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while parts.recovery.running:
                 await anyio.sleep(0.001)
     assert parts.recorder.log == [("started", True), ("ended", True)]
@@ -572,7 +572,7 @@ async def test_a_rollback_goes_on_when_its_caller_is_cancelled(storage: Storage)
         with anyio.CancelScope() as scope:
             scope.cancel()
             await parts.recovery.roll_back(fast(6))
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while parts.recovery.running:
                 await anyio.sleep(0.001)
         assert parts.status.rollbacks == 1
@@ -660,7 +660,7 @@ async def test_a_missed_deadline_tries_the_other_tier_once_then_halts_an_ill_run
     del parts.lane.answers[Restore]
     async with serving(parts):
         parts.recovery.retreat(Retreat("odd", 9, (), RateCut(0.5, 3)))
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while parts.recovery.running:
                 await anyio.sleep(0.001)
     assert parts.recorder.log == [
@@ -723,7 +723,7 @@ async def test_a_lane_that_ends_before_its_boundary_ends_the_rollback(storage: S
         parts.recovery.begin(fast(6))
         await anyio.wait_all_tasks_blocked()
         parts.lane.emit(LaneEnded(11, None))
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while parts.recovery.running:
                 await anyio.sleep(0.001)
     assert [row.outcome for row in parts.journal.rollbacks] == ["failed"]
@@ -740,7 +740,7 @@ async def test_what_fails_after_the_restore_does_not_undo_it(
     with capture_logs() as logs:
         async with serving(parts):
             parts.recovery.retreat(Retreat("odd", 9, (), RateCut(0.5, 3)))
-            with anyio.fail_after(60):
+            with anyio.fail_after(180):
                 while parts.recovery.running:
                     await anyio.sleep(0.001)
     (line,) = [line for line in logs if line["event"] == "after_rollback_failed"]

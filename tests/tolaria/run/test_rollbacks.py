@@ -161,7 +161,7 @@ async def test_a_missed_deadline_leaves_the_state_unchanged(monkeypatch: pytest.
     load = run.storage.checkpoints.load_first
 
     def slow(*arguments: Any) -> LoadedCheckpoint:
-        assert gate.wait(20)
+        assert gate.wait(180)
         return load(*arguments)
 
     monkeypatch.setattr(run.storage.checkpoints, "load_first", slow)

@@ -34,7 +34,7 @@ def gate(run: RunUnderTest) -> GatedJob:
 
 async def entered(job: GatedJob) -> None:
     """Waits until the lane is inside a microbatch."""
-    with anyio.fail_after(60):
+    with anyio.fail_after(180):
         while not job.entered.acquire(blocking=False):
             await anyio.sleep(0.002)
 
@@ -354,7 +354,7 @@ async def test_a_resume_wakes_the_caller_of_an_unfinished_pause() -> None:
     async with running(run):
         job = gate(run)
         await entered(job)
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(run.run.pause, "look")
                 await run.until(lambda: run.state == "PAUSED")
@@ -404,7 +404,7 @@ async def test_a_stop_does_not_wait_for_a_long_validation(monkeypatch: pytest.Mo
     run = new_run(FakePeers(), job="GatedJob", epochs=1)
     async with running(run):
         await run.until(lambda: run.status.global_step == 8)
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             await run.run.stop("enough")
     assert run.state == "FINISHED"
 

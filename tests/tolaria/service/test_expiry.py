@@ -43,7 +43,7 @@ def values(metrics: Metrics, name: str) -> dict[str, float]:
 
 async def until(condition: Callable[[], object]) -> None:
     """Waits until a condition holds."""
-    with anyio.fail_after(60):
+    with anyio.fail_after(180):
         while not condition():
             await anyio.sleep(0.005)
 

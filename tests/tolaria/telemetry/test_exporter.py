@@ -119,7 +119,7 @@ class CountedMetrics(Metrics):
     def collected(self, pause: Callable[[float], None] = time.sleep) -> Iterator[Metric]:
         self.threads.append(threading.current_thread().name)
         self.entered.set()
-        assert self.gate.wait(20)
+        assert self.gate.wait(180)
         return super().collected(pause)
 
 

@@ -75,7 +75,7 @@ def writing_to(stream: BlockedStream, dropped: list[str]) -> Iterator[Any]:
     with logging_to(stream, LoggingSettings(format="json"), LogContext(), on_dropped=dropped.append):
         log = structlog.get_logger()
         log.info("first")
-        assert stream.blocked.wait(5)
+        assert stream.blocked.wait(180)
         yield log
 
 

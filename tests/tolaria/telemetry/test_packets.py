@@ -31,7 +31,7 @@ HEALTHY, DEGRADED, UNHEALTHY, CRITICAL = 1, 2, 3, 4
 
 async def next_of(subscription: Subscription) -> Published:
     """Waits for a packet, which must come."""
-    with anyio.fail_after(60):
+    with anyio.fail_after(180):
         published = await subscription.next()
     assert published is not None
     return published

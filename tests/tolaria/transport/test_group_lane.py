@@ -58,7 +58,7 @@ class GroupLane:
 
     async def until(self, kind: type[Event], count: int = 1) -> list[Event]:
         """Waits for that many events of a kind; returns them."""
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while len(found := [event for event in self.events if isinstance(event, kind)]) < count:
                 await anyio.sleep(0.005)
         return found
@@ -101,7 +101,7 @@ async def started(machine: Machine, generation: int) -> None:
 async def agent_of(directory: Path) -> int:
     """Waits until the script of an agent has written its process id; returns it."""
     file = anyio.Path(directory / "agent")
-    with anyio.fail_after(60):
+    with anyio.fail_after(180):
         while not await file.exists() or not (text := await file.read_text()).endswith("\n"):
             await anyio.sleep(0.01)
     return int(text.split()[0])
@@ -116,7 +116,7 @@ async def test_a_lost_machine_is_a_loss_of_the_group_which_goes_on_without_it(
     async with lane_with(monkeypatch, tmp_path, agent, nodes="1:2", join_wait_s=30) as group:
         async with group.door.machine() as machine:
             await started(machine, 1)
-            with anyio.fail_after(60):
+            with anyio.fail_after(180):
                 ready = await group.lane.open()
             assert ready is not None
             assert [rank.node for rank in ready.ranks] == [0, 1]
@@ -152,7 +152,7 @@ async def test_ranks_that_fail_elsewhere_are_described_as_those_here(
     async with lane_with(monkeypatch, tmp_path, nodes="1:2", join_wait_s=30) as group:
         async with group.door.machine() as machine:
             await started(machine, 1)
-            with anyio.fail_after(60):
+            with anyio.fail_after(180):
                 await group.lane.open()
             await machine.say(ended)
             await machine.say(Ready())
@@ -175,7 +175,7 @@ async def test_a_machine_that_goes_during_the_first_build_is_waited_for(
             await anyio.Path(tmp_path / "again").touch()
         async with group.door.machine() as machine:
             await started(machine, 2)
-            with anyio.fail_after(60):
+            with anyio.fail_after(180):
                 assert await group.lane.open() is not None
     assert not [event for event in group.events if isinstance(event, LaneLost)]
 
@@ -192,14 +192,14 @@ async def test_ranks_here_that_miss_others_are_no_failure_if_a_machine_is_lost(
         async with group.door.machine() as machine:
             await started(machine, 1)
             pid = await agent_of(tmp_path)
-            with anyio.fail_after(60):
+            with anyio.fail_after(180):
                 while is_alive(pid):
                     await anyio.sleep(0.01)
             await anyio.Path(tmp_path / "again").touch()
             assert group.events == []
         async with group.door.machine() as machine:
             await started(machine, 2)
-            with anyio.fail_after(60):
+            with anyio.fail_after(180):
                 assert await group.lane.open() is not None
             lost = await group.until(LaneLost) if built else []
     assert [event.kind for event in lost if isinstance(event, LaneLost)] == (["node_lost"] if built else [])
@@ -211,11 +211,11 @@ async def test_a_machine_that_comes_later_waits_or_is_taken_in_at_an_epoch(
 ) -> None:
     """As lane.grow says. That is no death: it does not count against lane.restarts_max, of which none is left here."""
     async with lane_with(monkeypatch, tmp_path, grow=grow, restarts_max=0) as group:
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             await group.lane.open()
         async with group.door.machine() as machine:
             order = 0
-            with anyio.fail_after(60):
+            with anyio.fail_after(180):
                 while order < 20 if grow == "restart" else not any(isinstance(e, LaneLost) for e in group.events):
                     order += 1
                     group.lane.send(0, RunEpoch(order))
@@ -228,7 +228,7 @@ async def test_a_machine_that_comes_later_waits_or_is_taken_in_at_an_epoch(
                 assert isinstance(restarted, LaneRestarted)
                 assert len(restarted.ready.ranks) == 2
                 group.lane.send(0, RunEpoch(order + 1))
-                with anyio.fail_after(60):
+                with anyio.fail_after(180):
                     while Held(order + 1, 0) not in group.events:
                         await anyio.sleep(0.01)
     lost = [event.kind for event in group.events if isinstance(event, LaneLost)]
@@ -242,7 +242,7 @@ async def test_machines_learn_of_the_end_of_the_run_but_not_of_a_drain(
     for drained in (False, True):
         async with lane_with(monkeypatch, tmp_path, join_wait_s=30) as group, group.door.machine() as machine:
             await started(machine, 1)
-            with anyio.fail_after(60):
+            with anyio.fail_after(180):
                 await group.lane.open()
             group.lane.drained = drained
             group.lane.send(0, Stop())

@@ -59,7 +59,7 @@ async def test_a_flood_of_events_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
     """In their order, without another limit than the lane's own waiting for room."""
     script = "say_ready()\nfor n in range(200): say(*[Held(n, k) for k in range(100)])\nwait()"
     async with running_script(script, monkeypatch) as lane:
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while len(lane.events) < 20_000:
                 await anyio.sleep(0.01)
         assert not any(isinstance(event, LaneLost) for event in lane.events)
@@ -154,7 +154,7 @@ async def test_stacks_of_a_rank_that_gives_heartbeats_again_are_not_in_a_later_c
     monkeypatch.setattr("tolaria.transport.lane_process.SILENT_ENDS_S", 0.0)
 
     async def logged(event: str) -> None:
-        with anyio.fail_after(30):
+        with anyio.fail_after(180):
             while event not in [entry["event"] for entry in logs]:
                 await anyio.sleep(0.005)
 

@@ -35,7 +35,7 @@ DIGITS = job_digest("digits")
 
 async def until(condition: object) -> None:
     """Waits until a function of no arguments returns something true."""
-    with anyio.fail_after(60):
+    with anyio.fail_after(180):
         while not condition():  # type: ignore[operator] # a function
             await anyio.sleep(0.005)
 
@@ -121,7 +121,7 @@ async def test_the_end_of_a_connection_or_silence_is_the_loss_of_a_machine(tmp_p
     async with meeting(tmp_path, nodes="1:4", node_timeout_s=5, join_wait_s=0) as met, AsyncExitStack() as joined:
         machines = [await joined.enter_async_context(met.machine(joining(name))) for name in "abc"]
         formed: list[str] = []
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while len(formed) < 3:
                 with await met.rendezvous.form() as formation:
                     formed = [node.host[0] for node in formation.nodes]
@@ -129,7 +129,7 @@ async def test_the_end_of_a_connection_or_silence_is_the_loss_of_a_machine(tmp_p
         met.rendezvous.start(formation, 1)
         for machine in machines:
             assert isinstance(await machine.hear(), StartRanks)
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while len(met.owner.lost) < 2:
                 await machines[0].say(Alive())
                 await anyio.sleep(0.1)
@@ -154,10 +154,10 @@ async def test_a_machine_that_is_lost_again_and_again_is_left_out_if_possible(
                 assert isinstance(await machine.hear(), StartRanks)
             await until(lambda count=generation: len(met.owner.lost) == count)
         async with met.machine():
-            with anyio.fail_after(60), await met.rendezvous.form() as formation:  # noqa: ASYNC100 - `form` waits
+            with anyio.fail_after(180), await met.rendezvous.form() as formation:  # noqa: ASYNC100 - `form` waits
                 assert len(formation.nodes) == taken
             met.rendezvous.settings = met.rendezvous.settings.model_copy(update={"restarts_within_s": 1e-9})
-            with anyio.fail_after(20), await met.rendezvous.form() as formation:  # noqa: ASYNC100 - `form` waits
+            with anyio.fail_after(180), await met.rendezvous.form() as formation:  # noqa: ASYNC100 - `form` waits
                 assert len(formation.nodes) == 1  # since a reload the losses are too old to count
 
 
@@ -171,7 +171,7 @@ async def test_failed_ranks_are_reported_once_and_of_this_generation_only(tmp_pa
             await machine.say(RanksEnded(generation - 1, 1, ("an old one",)))
             await machine.say(RanksEnded(generation, code, ("last words",)))
             await machine.say(Ready())
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             with await met.rendezvous.form():
                 pass
     await until(lambda: not met.rendezvous.waiting)
@@ -222,7 +222,7 @@ async def test_strangers_do_not_keep_a_machine_from_joining(tmp_path: Path) -> N
         async with await met.connect() as stream:
             with pytest.raises(JoinRefusedError):
                 await Channel.open(stream, b"another secret", b"{}")
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             async with met.machine() as machine:
                 assert isinstance(machine.answer, Accepted)
                 with await met.rendezvous.form() as formation:

@@ -49,7 +49,7 @@ pytestmark = pytest.mark.anyio
 
 async def until(condition: Callable[[], object]) -> None:
     """Waits until it returns something true."""
-    with anyio.fail_after(30):
+    with anyio.fail_after(180):
         while not condition():
             await anyio.sleep(0.005)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 async def spare_of(logs: list[Any], count: int = 1) -> int:
     """Waits until that many spare processes have been started; returns the id of the last one."""
-    with anyio.fail_after(60):
+    with anyio.fail_after(180):
         while len(found := [line["pid"] for line in logs if line["event"] == "spare_lane_started"]) < count:
             await anyio.sleep(0.005)
     return int(found[count - 1])
@@ -49,7 +50,7 @@ async def spare_of(logs: list[Any], count: int = 1) -> int:
 
 async def until_logged(logs: list[Any], event: str) -> None:
     """Waits for an event in the log."""
-    with anyio.fail_after(60):
+    with anyio.fail_after(180):
         while not any(line["event"] == event for line in logs):
             await anyio.sleep(0.005)
 
@@ -66,7 +67,7 @@ async def built(folder: Path, pid: int) -> bool:
 
 async def gone(pid: int) -> None:
     """Waits for the end of a process."""
-    with anyio.fail_after(60):
+    with anyio.fail_after(180):
         while await anyio.to_thread.run_sync(is_alive, pid):
             await anyio.sleep(0.005)
 
@@ -121,6 +122,43 @@ async def test_one_that_has_ended_is_not_taken(folder: Path, monkeypatch: pytest
             await died(lane, folder, 1)
             await spare_of(logs, 2)
             assert [type(event) for event in lane.events if isinstance(event, LaneLost)] == [LaneLost]
+
+
+async def test_one_that_is_stopped_is_not_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would do nothing for as long as a lane may be silent; it is ended, and the lane started without it."""
+    with capture_logs() as logs:
+        async with running_script(DIES_ON_DEMAND, monkeypatch, spare_after_s=0.01) as lane:
+            pid = await spare_of(logs)
+            os.kill(pid, signal.SIGSTOP)
+            await died(lane, folder, 1)
+            await gone(pid)
+            assert not await built(folder, pid)
+            assert await spare_of(logs, 2) != pid
+    assert "it is stopped, as by a debugger" in [line.get("error") for line in logs]
+
+
+async def test_a_score_that_cannot_be_set_back_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lane would be the first process that the system ends."""
+    with capture_logs() as logs:
+        async with running_script(DIES_ON_DEMAND, monkeypatch, spare_after_s=0.01) as lane:
+            await spare_of(logs)
+            await until_score_is_set(logs)
+            monkeypatch.setattr(Path, "write_text", refused)
+            await died(lane, folder, 1)
+    assert any("the first to be killed" in line.get("error", "") for line in logs)
+
+
+async def until_score_is_set(logs: list[Any]) -> None:
+    """Waits until the system would end the spare process first."""
+    pid = await spare_of(logs)
+    with anyio.fail_after(180):
+        while await score(pid) != 1000:
+            await anyio.sleep(0.005)
+
+
+def refused(path: Path, *_: object, **__: object) -> int:
+    """Refuses to write, as the system does where a process may not have itself spared."""
+    raise PermissionError(13, "Permission denied", str(path))
 
 
 @pytest.mark.parametrize(("kills", "kind"), [(1, "exited"), (2, "out_of_memory")])
@@ -209,10 +247,10 @@ async def test_one_that_is_being_started_is_ended(monkeypatch: pytest.MonkeyPatc
     found = spare(monkeypatch, "import time; time.sleep(3600)")
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(found.keep, lambda: True, never)
-        with anyio.fail_after(60):
+        with anyio.fail_after(180):
             while not found.pid:
                 await anyio.sleep(0.005)
-        assert found.take() is None
+        assert await found.take() is None
         tasks.cancel_scope.cancel()
     await gone(found.pid)
     assert await anyio.to_thread.run_sync(descriptors) == before

@@ -132,6 +132,14 @@ def padded(size_bytes: int) -> int:
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
+def places_of(first: Segment) -> list[int]:
+    """Returns the numbers of the segments in which the image lies that begins there. Raises ImageDamagedError."""
+    try:
+        return [number for number, _ in json.loads(first.header() or b"")["places"]]
+    except (LookupError, ValueError, TypeError) as error:
+        raise ImageDamagedError("header") from error
+
+
 def image_header(image: StateImage, places: Sequence[tuple[int, Sequence[TensorSpec]]], at_ns: int = 0) -> bytes:
     """Returns the header of an image whose tensors lie in these segments, each by its number and specs.
 
@@ -225,17 +233,35 @@ def segments_frames(descriptors: Sequence[tuple[int, int]], owner: object = None
         yield Frame(FrameKind.SEGMENTS, numbers, tuple(descriptor for _, descriptor in part), owner=owner)
 
 
-def numbers_of(frame: Frame) -> list[int]:
+def numbers_frame(kind: FrameKind, numbers: Sequence[int]) -> Frame:
+    """Returns a frame with numbers of segments."""
+    return Frame(kind, json.dumps(numbers).encode())
+
+
+def numbers_of(frame: Frame, lowest: int = 1) -> list[int]:
     """Returns the numbers of the segments in a frame. Raises WireError if there are none, or other values."""
     numbers = json.loads(frame.content)
-    if not isinstance(numbers, list) or not all(isinstance(number, int) and number > 0 for number in numbers):
+    if not isinstance(numbers, list) or not all(isinstance(number, int) and number >= lowest for number in numbers):
         raise WireError(f"a {frame.kind.name.lower()} frame holds no numbers of segments")
     return numbers
 
 
 def segments_of(frame: Frame) -> dict[int, Segment]:
-    """Returns the segments of a frame by number, mapped here."""
-    found = {number: Segment(number, fd) for number, fd in zip(numbers_of(frame), frame.descriptors, strict=True)}
-    for segment in found.values():
-        segment.close_descriptor()  # its sender holds it
+    """Returns the segments of a frame by number, mapped here; their descriptors are open."""
+    return {number: Segment(number, fd) for number, fd in zip(numbers_of(frame), frame.descriptors, strict=True)}
+
+
+def mapped(frame: Frame) -> dict[int, Segment]:
+    """Returns the segments of a frame by number that can be mapped here; their descriptors are closed.
+
+    Number 0 is that of one that holds a whole image.
+    """
+    found = dict[int, Segment]()
+    for number, descriptor in zip(numbers_of(frame, 0), frame.descriptors, strict=True):
+        try:
+            found[number] = Segment(number, descriptor)
+        except (OSError, ValueError):
+            os.close(descriptor)
+        else:
+            found[number].close_descriptor()  # its sender holds it
     return found

@@ -45,10 +45,12 @@ from tolaria.lane.messages import (
 )
 from tolaria.lane.step import train_step
 from tolaria.ranks.group import Group
+from tolaria.ranks.shared_segments import SharedSegments
 from tolaria.seeds import Blueprints
 from tolaria.seeds.slots import SlotSpec
 from tolaria.shards import whole_value
 from tolaria.state.encoding import packed_bytes, specs_of
+from tolaria.state.shared_memory import SharedMemory
 from tolaria.values.training import Position
 
 
@@ -58,9 +60,12 @@ def train(
     job: str,
     script: Sequence[Sequence[Any]],
     sections: Mapping[str, Any] | None = None,
+    shows: bool = True,
     **training: Any,
 ) -> dict[str, Any]:
     """Trains by a script of the leader's; returns its losses, norms, evaluations and answers, and the final digests.
+
+    The leader shows its memory to the others, as on one machine, unless `shows` is False.
 
     Lines of the script: epoch · seeds STAGE · restore STEP · capture · reload SECONDS (the captured image, before a
     deadline) · hold SECONDS · release · begin SECONDS (an epoch, without waiting for its end).
@@ -69,7 +74,10 @@ def train(
     given = {"job": f"support.rank_jobs:{job}", "device": "cpu", "threads": 1, "deterministic": True, **training}
     settings = Settings.model_validate({"training": given, **(sections or {})})
     sharded = settings.lane.parallel == "fsdp" and group is not None
-    built = build_on_all_ranks(group, lambda: build(settings, group=group), sharded=sharded)
+    memory = SharedMemory(shows=True) if group is not None and group.leads and shows else None
+    if group is not None:
+        group.segments = SharedSegments.connect(group) if shows else None
+    built = build_on_all_ranks(group, lambda: build(settings, memory, group), sharded=sharded)
     if group is not None and not group.leads:
         built.snapshots.takes_snapshots = False
         lane = built.lane(NoHeartbeat(), Path("unused"))

@@ -92,7 +92,7 @@ class LaneConnection:
                     self._take_command(frame.content)
                 case FrameKind.IMAGE:
                     (descriptor,) = frame.descriptors
-                    image = open_image(Segment(0, descriptor), {}).image
+                    image = self._memory.keep_with(open_image(Segment(0, descriptor), {}))
                     self._given[unpacked_id(frame.content)[0]] = self._images.put(image)
                 case FrameKind.IMAGE_RELEASED:
                     self._captured.pop(unpacked_id(frame.content)[0]).release()
@@ -134,7 +134,7 @@ class LaneConnection:
         for frame in segments_frames([(segment.number, segment.descriptor) for segment in fresh]):
             send(self._connection, frame)
         for segment in fresh:
-            segment.close_descriptor()  # the service holds it from now on
+            self._memory.passed_on(segment)  # the service holds it from now on
 
     def _send_frames(self, events: Sequence[Event]) -> None:
         encoded, size_bytes = [], 0

@@ -6,19 +6,30 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-from tolaria.errors import OptimizationError, RestoreAbandonedError, RollbackError, SeedError
+from tolaria.errors import (
+    ImageDamagedError,
+    OptimizationError,
+    PeerLostError,
+    RestoreAbandonedError,
+    RollbackError,
+    SeedError,
+)
 from tolaria.images import StateImage
 from tolaria.lane.messages import Restored
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.ranks.group import Group
 from tolaria.ranks.images import receive_image, send_image
+from tolaria.segments import open_image
 
 _IMAGE: Final = b"I"
+_SHOWN: Final = b"S"
 _NO_IMAGE: Final = b"N"
 
 
 class GroupRestore:
-    """Restores on all ranks: the leader sends the image, and each rank refuses it if another one does.
+    """Restores on all ranks: the leader shows or sends the image, and each rank refuses it if another one does.
+
+    It shows those that lie in its memory to ranks on the same machine.
 
     In an operation of all ranks, `begin` comes first; then the leader restores, and the others `follow`.
     """
@@ -53,9 +64,13 @@ class GroupRestore:
         Raises what it raises, on the leader only.
         """
         if not self._group.leads:
-            while (image := self._received()) is not None:
+            ended = False
+            while not ended:
                 with suppress(RollbackError, SeedError, OptimizationError):  # the leader's restore fails, too
-                    self._restore(image)
+                    image = self._received()
+                    ended = image is None
+                    if image is not None:
+                        self._restore(image)
             return
         try:
             restore()
@@ -63,19 +78,48 @@ class GroupRestore:
             self._group.broadcast_bytes(_NO_IMAGE)
 
     def _received(self) -> StateImage | None:
-        if self._group.broadcast_bytes() == _NO_IMAGE:
+        """Returns the image that the leader restores; None if it restores none.
+
+        Raises ImageDamagedError if it cannot be mapped here; the others know then.
+        """
+        if (said := self._group.broadcast_bytes()) == _NO_IMAGE:
             return None
+        self._snapshots.on_every_rank = said == _SHOWN
+        if said == _SHOWN:
+            return self._mapped()
         image = receive_image(self._group, self._snapshots.state)
         self._sent, self._voted = True, False
         return image
+
+    def _mapped(self) -> StateImage:
+        segments = self._group.segments
+        if segments is None:
+            raise PeerLostError("the leader shows memory to ranks on another machine")
+        number = int(segments.hear())
+        self._sent, self._voted = True, False
+        try:
+            return open_image(segments.held[number], segments.held).image
+        except (KeyError, ImageDamagedError):
+            self._vote_against()
+            raise ImageDamagedError("the leader's memory, which cannot be mapped") from None
+        finally:
+            segments.forget()
 
     def _restore(self, image: StateImage) -> Restored:
         return self._snapshots.restore_image(image, lambda: self._refused_anywhere(refused=False))
 
     def _send(self, image: StateImage, refused: Callable[[], bool] | None) -> Callable[[], bool]:
-        """Sends the image that is about to be restored; returns what decides whether it is."""
-        self._group.broadcast_bytes(_IMAGE)
-        send_image(self._group, image)
+        """Shows or sends the image that is about to be restored; returns what decides whether it is."""
+        segments, memory = self._group.segments, self._snapshots.memory
+        shown = [] if segments is None or memory is None else memory.segments_of(image)
+        self._snapshots.on_every_rank = bool(shown)
+        if segments is not None and shown:
+            self._group.broadcast_bytes(_SHOWN)
+            segments.say(str(image.segment).encode(), shown)
+            segments.forget()  # as the other ranks do, once they have mapped them for this image
+        else:
+            self._group.broadcast_bytes(_IMAGE)
+            send_image(self._group, image)
         self._sent, self._voted = True, False
         return lambda: self._refused_anywhere(refused is not None and refused())
 

@@ -16,22 +16,24 @@ from typing import NoReturn
 
 from tolaria import forks
 from tolaria.config import Settings
-from tolaria.images import StateImage
 from tolaria.lane.encoding import from_bytes
 from tolaria.lane.order import LaneOrder
 from tolaria.ranks.child import announce, lane_options
-from tolaria.segments import Segment, open_image, segments_of
+from tolaria.segments import OpenedImage, Segment, allow_descriptors, open_image, segments_of
 from tolaria.signals.lane_page import LanePage
 from tolaria.wire import FrameKind, FrameStream, unpacked_id
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """What arrives before the lane is built: the order, the segments it speaks of, and a checkpoint's image by id."""
+    """What arrives before the lane is built: the order, the segments it speaks of, and a checkpoint's image by id.
+
+    The descriptors of the segments are open.
+    """
 
     order: LaneOrder
     held: dict[int, Segment]
-    images: dict[int, StateImage]
+    images: dict[int, OpenedImage]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -56,14 +58,15 @@ def serve(connection_descriptor: int, page_descriptor: int) -> int:
 
 def _received(stream: FrameStream) -> Received:
     """Waits for the order of what is to be built."""
-    held, images = dict[int, Segment](), dict[int, StateImage]()
+    allow_descriptors()
+    held, images = dict[int, Segment](), dict[int, OpenedImage]()
     while (frame := stream.next()) is not None:
         match frame.kind:
             case FrameKind.SEGMENTS:
                 held |= segments_of(frame)
             case FrameKind.IMAGE:
                 (descriptor,) = frame.descriptors
-                images[unpacked_id(frame.content)[0]] = open_image(Segment(0, descriptor), {}).image
+                images[unpacked_id(frame.content)[0]] = open_image(Segment(0, descriptor), {})
             case _ if isinstance(order := from_bytes(frame.content), LaneOrder):
                 return Received(order, held, images)
             case _:

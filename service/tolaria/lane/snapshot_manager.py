@@ -31,6 +31,7 @@ from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.train_module import TrainModule
 from tolaria.lane.weight_averages import PART as AVERAGES
 from tolaria.optimization import GroupPlan
+from tolaria.ranks.gathering import Gathering
 from tolaria.ranks.group import Group
 from tolaria.state.arenas import private_memory
 from tolaria.state.encoding import decode_plain
@@ -43,8 +44,6 @@ from tolaria.values.training import Position, eager_name
 
 _MIB: Final = 2**20
 _NO_LIMIT_BYTES: Final = 2**62
-
-_GATHER, _DONE = b"G", b"D"
 
 _Refused: TypeAlias = Callable[[], bool] | None
 
@@ -71,7 +70,10 @@ class SnapshotManager:
         """Called when a restore fails before live state has changed."""
         self.takes_snapshots = True
         """Off: the state is kept elsewhere."""
-        self._gathering: Group | None = None
+        self.on_every_rank = False
+        """Whether the image that is being restored is whole on every rank, so that each proves its own part."""
+        self.memory = memory
+        self._gathering: Gathering | None = None
         self._structure = SeedStructure(module.seeds)
         # The names of the parts are those in checkpoints.
         parts: dict[str, StatePart] = {
@@ -107,8 +109,7 @@ class SnapshotManager:
         # For checkpoints of states that are too large for the ring; memory is allocated at the first one.
         self._spare = SnapshotRing(bytes_max=_NO_LIMIT_BYTES, entries_max=_SPARE_IMAGES, seal=False, allocate=allocate)
         self._cadence = Cadence(overhead_max=settings.overhead_max)
-        self._unsupported = False
-        self._unavailable = ""
+        self._unsupported, self._unavailable = False, ""
         self._events: list[SnapshotEvent] = []
         self._ring_used = True
         if module.sharded and module.group is not None:
@@ -131,7 +132,7 @@ class SnapshotManager:
         """Takes the first snapshot, so that there is a restore point from the first step on."""
         due = self.takes_snapshots and not self._unsupported and not self._ring.statistics().snapshots
         if self._gathering is not None:
-            due = self._gathering.broadcast_bytes(_GATHER if due else _DONE) == _GATHER
+            due = self._gathering.agreed(due)
         if due:
             self._take_snapshot()
 
@@ -140,14 +141,13 @@ class SnapshotManager:
         if not self.takes_snapshots and self._gathering is None:
             return
         self._cadence = self._cadence.after_step(duration_s)
-        if self._due(self._cadence) if self._gathering is None else self._gathering.snapshot_agreed:
+        if self._due(self._cadence) if self._gathering is None else self._gathering.group.snapshot_agreed:
             self._take_snapshot()
 
     def take_part(self) -> None:
-        """Takes part in one capture of the leader's, who gathers what is sharded."""
-        group = self._gathering
-        while group is not None and group.broadcast_bytes() == _GATHER:
-            self.state.gather()
+        """Takes part in one capture of the leader's, where all ranks have parts of the state."""
+        if self._gathering is not None:
+            self._gathering.take_part()
 
     def capture_image(self, *, beside: bool = False) -> Lease:
         """Captures the state, in the ring if it has room, and leases the image to the caller.
@@ -159,7 +159,7 @@ class SnapshotManager:
             NoCheckpointError: all spare images are still being read.
         """
         self._ring_used = True
-        with self._gathered():
+        with self._gathered(forget=beside):
             return self._captured(beside=beside)
 
     def _captured(self, *, beside: bool) -> Lease:
@@ -243,7 +243,7 @@ class SnapshotManager:
             if not self.restore_staged():
                 raise RestoreAbandonedError("about to change anything")
             staged.commit(refused, self.restore_failed)
-            found = self.state.fingerprint(only=staged.values["parts"]).total
+            found = self._digest(image, staged.values["parts"])
         except (KeyError, TypeError, ValueError) as error:  # the image's values are not those of this module
             self.restore_failed()
             raise StateMismatchError([f"{type(error).__name__}: {error}"]) from error
@@ -277,6 +277,12 @@ class SnapshotManager:
             losses=json.dumps(module.losses.state_dict()),
         )
 
+    def _digest(self, image: StateImage, parts: Collection[str]) -> str:
+        """Returns the digest of the live state, with these parts, that has been restored from an image."""
+        if self.on_every_rank:
+            return self.state.proof(image, parts).total
+        return self.state.fingerprint(only=parts).total
+
     def _take_snapshot(self) -> None:
         """Takes a snapshot, or reports once why there is none, and once when there is one again."""
         if not self.takes_snapshots:
@@ -300,9 +306,8 @@ class SnapshotManager:
             self._events.append(SnapshotsUnavailable(reason))
 
     def _gather_with(self, group: Group) -> None:
-        self._gathering = group
+        self._gathering = Gathering(group, self.state, self.memory)
         if group.leads:
-            self.state.before_gather = lambda: group.broadcast_bytes(_GATHER)
             group.snapshot_due = lambda: self.takes_snapshots and self._due(self._cadence.after_step(0.0))
 
     def _due(self, cadence: Cadence) -> bool:
@@ -311,13 +316,13 @@ class SnapshotManager:
         return cadence.steps_since >= self._every_steps if self._every_steps else cadence.due
 
     @contextmanager
-    def _gathered(self) -> Iterator[None]:
-        """Spans a capture, and ends it for the ranks that take part."""
+    def _gathered(self, *, forget: bool = False) -> Iterator[None]:
+        """Spans a capture, and ends it for the ranks that take part; `forget` if its memory is not used again."""
         try:
             yield
         finally:
             if self._gathering is not None:
-                self._gathering.broadcast_bytes(_DONE)
+                self._gathering.done(forget=forget)
 
 
 def _free(lease: Lease, ring: SnapshotRing) -> None:

@@ -14,23 +14,20 @@ import os
 import resource
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
 from tolaria.config.ranks import PEER_LOST, NodePlace, prepare_ranks, rank_ended
-from tolaria.ranks.child import announce, lane_options
+from tolaria.ranks.child import announce, is_child_of, lane_options
 from tolaria.segments import Segment
 from tolaria.signals.lane_page import SILENT_SIGNAL, LanePage
 
 _POLL_S: Final = 0.05
 _BEAT_S: Final = 0.2
-_CREDENTIALS: Final = struct.Struct("3i")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -71,7 +68,7 @@ def serve_leader(options: argparse.Namespace) -> str:
 
     def serve() -> None:
         with listener:
-            while not _is_own_child(asking := listener.accept()[0]):
+            while not is_child_of(os.getpid(), asking := listener.accept()[0]):
                 asking.close()
         with asking:
             socket.send_fds(asking, [b"\0"], [options.connection, options.page])
@@ -80,15 +77,6 @@ def serve_leader(options: argparse.Namespace) -> str:
 
     threading.Thread(target=serve, name="tolaria-leader", daemon=True).start()
     return address
-
-
-def _is_own_child(asking: socket.socket) -> bool:
-    """Whether the process on the other side is one that this process has started: abstract sockets have no owner."""
-    pid, uid, _ = _CREDENTIALS.unpack(asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    with suppress(OSError, IndexError):
-        parent = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
-        return uid == os.getuid() and int(parent) == os.getpid()
-    return False
 
 
 def _run(processes: int, place: NodePlace, page: LanePage) -> tuple[Mapping[int, int], int]:

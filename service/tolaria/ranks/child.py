@@ -8,11 +8,18 @@ import io
 import json
 import os
 import signal
+import socket
+import struct
 import sys
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
+from typing import Final
 
 from tolaria import forks
 from tolaria.ranks.stacks import dump_on_request
+
+_CREDENTIALS: Final = struct.Struct("3i")
 
 
 def lane_options(program: str, description: str) -> argparse.ArgumentParser:
@@ -34,6 +41,15 @@ def announce(options: argparse.Namespace) -> None:
     for descriptor in (options.connection, options.page):
         if descriptor >= 0:
             os.set_inheritable(descriptor, False)  # not for programs that the job starts
+
+
+def is_child_of(parent: int, asking: socket.socket) -> bool:
+    """Whether the process on the other side is one that `parent` has started: abstract sockets have no owner."""
+    pid, uid, _ = _CREDENTIALS.unpack(asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    with suppress(OSError, IndexError):
+        found = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
+        return uid == os.getuid() and int(found) == parent
+    return False
 
 
 def begin(parent: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from torch import Tensor
 from tolaria.config.ranks import RankEnvironment
 from tolaria.errors import BrokenJobError, PeerLostError, RankFailedError, RanksDifferError
 from tolaria.ranks.step_word import COMPARED, StepWord
+
+if TYPE_CHECKING:
+    from tolaria.ranks.shared_segments import SharedSegments
 
 _WAIT: Final = timedelta(days=365)
 """A rank that waits for one that has gone is ended with the group; one that is only slow is not dead."""
@@ -43,6 +46,7 @@ class Group:
         snapshot_due: returns whether this rank wants a snapshot after the step; set where the state is sharded.
         snapshot_agreed: whether one follows this step on all ranks; each `all_reduce_step` sets it.
         rides: whether the next step's sums travel with its gradients; each `all_reduce_step` sets it.
+        segments: how the leader shows its memory to the others; None where they are on several machines.
     """
 
     def __init__(self, rank: int, world: int, local_rank: int = 0, local_world: int = 1) -> None:
@@ -51,6 +55,7 @@ class Group:
         self.has_commands: Callable[[], bool] = lambda: False
         self.snapshot_due: Callable[[], bool] = lambda: False
         self.snapshot_agreed = self.rides = False
+        self.segments: SharedSegments | None = None
 
     @classmethod
     def join(cls, place: RankEnvironment, *, cuda: bool) -> Group:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tolaria.images import StateImage, TensorSpec
 from tolaria.segments import Segment, image_header, placed, placed_bytes
-from tolaria.shards import is_sharded, whole_value
+from tolaria.shards import is_sharded
 from tolaria.state.encoding import tensor_view
 
 if TYPE_CHECKING:
@@ -37,6 +37,13 @@ Allocate: TypeAlias = Callable[[int, bool], tuple[Tensor, Segment | None]]
 """Returns that many bytes of memory, pinned if the second argument is True, and the segment they are in, if shared.
 
 Raises MemoryError.
+"""
+
+
+FillSharded: TypeAlias = "Callable[[Mapping[str, tuple[Tensor, Tensor]], Arena], object]"
+"""Copies sharded tensors, by name with the whole tensors that they are to fill, into an arena, with all other ranks.
+
+Raises MemoryError if another rank has no room to do so.
 """
 
 
@@ -84,24 +91,22 @@ class Arena:
         """The name of the first tensor."""
         return self.specs[0].name if self.specs else ""
 
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies the tensors with the arena's specs into it. Synchronises.
+    def fill(self, tensors: Mapping[str, Tensor], fill_sharded: FillSharded | None = None) -> None:
+        """Copies the tensors with the arena's specs into it. Synchronises. Allocates no memory.
 
-        Allocates nothing but memory for one tensor, if there are sharded ones; these every rank has to gather.
+        Where some are sharded, `fill_sharded` copies these, of which other ranks have parts. Raises what it raises.
         """
         self._digests = {}
         if self.segment is not None:
             self.segment.clear()
-        targets, sources = list[Tensor](), list[Tensor]()
-        with torch.no_grad():
-            for spec, target in zip(self.specs, self._targets, strict=True):
-                if is_sharded(tensor := tensors[spec.name]):
-                    target.copy_(whole_value(tensor))  # one after the other, so that only one is in memory
-                else:
-                    targets.append(target)
-                    sources.append(tensor.detach())
-            if targets:
-                torch._foreach_copy_(targets, sources)
+        pairs = list(zip((tensors[spec.name] for spec in self.specs), self._targets, strict=True))
+        sharded = {spec.name: (t, target) for spec, (t, target) in zip(self.specs, pairs, strict=True) if is_sharded(t)}
+        if sharded and fill_sharded is not None:
+            fill_sharded(sharded, self)
+        plain = [(tensor.detach(), target) for tensor, target in pairs if not is_sharded(tensor)]
+        if plain:
+            with torch.no_grad():
+                torch._foreach_copy_([target for _, target in plain], [tensor for tensor, _ in plain])
 
     def holds(self, tensors: Mapping[str, Tensor]) -> bool:
         """Returns whether the arena has these tensors' content already, bit for bit. Synchronises."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from tolaria.images import TensorSpec
-from tolaria.segments import PREAMBLE_BYTES, Segment, allow_descriptors, placed_bytes
+from tolaria.errors import ImageDamagedError
+from tolaria.images import StateImage, TensorSpec
+from tolaria.segments import PREAMBLE_BYTES, OpenedImage, Segment, allow_descriptors, placed_bytes, places_of
 from tolaria.state.arenas import Arena
 
 
@@ -23,23 +24,32 @@ class SharedMemory:
     Args:
         held: the segments of an earlier process.
         next_number: the lowest number that no segment has.
+        shows: whether segments are shown to other ranks, for which their descriptors stay open.
+
+    Attributes:
+        before_allocation: called before memory is allocated. May raise MemoryError.
     """
 
-    def __init__(self, held: Iterable[Segment] = (), next_number: int = 1) -> None:
+    def __init__(self, held: Iterable[Segment] = (), next_number: int = 1, *, shows: bool = False) -> None:
         self.held = {segment.number: segment for segment in held}
         """Segments that no arena has taken over yet; to be emptied once the images in them have been adopted."""
+        self.before_allocation: Callable[[], object] = lambda: None
+        self._given: weakref.WeakKeyDictionary[StateImage, Segment] = weakref.WeakKeyDictionary()
+        self._shows = shows
         self._numbers = itertools.count(next_number)
         self._room = allow_descriptors()
-        self._live = 0
+        self._live: weakref.WeakValueDictionary[int, Segment] = weakref.WeakValueDictionary()
         self._fresh: deque[Segment] = deque()
         self._freed: deque[int] = deque()
         for segment in self.held.values():
             self._watch(segment)
+            self.passed_on(segment)
 
     def __call__(self, size_bytes: int, pinned: bool) -> tuple[Tensor, Segment]:
         """Allocates memory, as `Allocate` says. Raises MemoryError, also if there are too many segments."""
-        if self._live >= self._room:
-            raise MemoryError(f"{self._live} segments of shared memory are all that the limit of open files allows")
+        self.before_allocation()
+        if len(self._live) >= self._room:
+            raise MemoryError(f"{self._room} segments of shared memory are all that the limit of open files allows")
         segment = Segment.create(next(self._numbers), size_bytes)
         self._watch(segment)
         self._fresh.append(segment)
@@ -53,13 +63,29 @@ class SharedMemory:
         """Returns the numbers of the segments that nothing here has used since the last call."""
         return [self._freed.popleft() for _ in range(len(self._freed))]
 
-    def _watch(self, segment: Segment) -> None:
-        self._live += 1
-        weakref.finalize(segment, self._forget, segment.number).atexit = False
+    def passed_on(self, segment: Segment) -> None:
+        """Closes the descriptor of a segment that the service holds, unless it is to be shown to other ranks."""
+        if not self._shows:
+            segment.close_descriptor()
 
-    def _forget(self, number: int) -> None:
-        self._live -= 1
-        self._freed.append(number)
+    def keep_with(self, opened: OpenedImage) -> StateImage:
+        """Returns an image of the service's that lies in one segment, which is kept for as long as the image."""
+        self._given[opened.image] = opened.places[0][0]
+        return opened.image
+
+    def segments_of(self, image: StateImage) -> list[Segment]:
+        """Returns the segments in which an image lies, first the one where it begins; none if it is elsewhere."""
+        if (alone := self._given.get(image)) is not None:
+            return [alone]
+        try:
+            numbers = places_of(self._live[image.segment])
+            return [self._live[number] for number in numbers]
+        except (KeyError, ImageDamagedError):
+            return []
+
+    def _watch(self, segment: Segment) -> None:
+        self._live[segment.number] = segment
+        weakref.finalize(segment, self._freed.append, segment.number).atexit = False
 
 
 def arena_in(segment: Segment, specs: tuple[TensorSpec, ...], *, pinned: bool) -> Arena:

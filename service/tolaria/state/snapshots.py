@@ -17,7 +17,6 @@ from typing import Final, TypeVar
 from tolaria.errors import ImageDamagedError
 from tolaria.images import Lease, SnapshotInfo, SnapshotStatistics, StateImage, TensorSpec, combine
 from tolaria.segments import OpenedImage, Segment, header_bytes, open_image, placed_bytes
-from tolaria.shards import is_sharded
 from tolaria.state.arenas import Allocate, Arena, grouped, private_memory
 from tolaria.state.encoding import specs_of
 from tolaria.state.shared_memory import arena_in
@@ -369,7 +368,5 @@ def _filled(
             found = new(group, header_room=room + room // _SPARE_ROOM)
         arenas.append(found)
         if found not in shared:
-            if any(is_sharded(survey.tensors[spec.name]) for spec in group):
-                survey.before_gather()
-            found.fill(survey.tensors)
+            found.fill(survey.tensors, survey.fill_sharded)
     return arenas

@@ -7,7 +7,7 @@ sorted by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from tolaria.errors import StateUnsupportedError
 from tolaria.images import Fingerprint, StateImage, canonical_json, combine
-from tolaria.shards import is_sharded, local, whole_value
-from tolaria.state.arenas import Arena
+from tolaria.shards import is_sharded, local, part_of, whole_value
+from tolaria.state.arenas import Arena, FillSharded
 from tolaria.state.encoding import (
     TENSOR_KEY,
     PutTensor,
@@ -30,6 +30,7 @@ from tolaria.state.encoding import (
     packed_bytes,
     spec_of,
     specs_of,
+    tensor_view,
 )
 from tolaria.tensors import whole
 from tolaria.values.training import Position, eager_name
@@ -64,15 +65,15 @@ class Survey:
     """The live tensors themselves by name (generators: copies), and everything else as JSON values.
 
     `trained` has the names of those that every step changes: parameters that require gradients and their optimizer
-    state; and those of all sharded tensors. `before_gather` is called before a copy of whole sharded tensors, in which
-    all ranks have to take part.
+    state; and those of all sharded tensors. `fill_sharded` copies whole sharded tensors, in which all ranks have to
+    take part.
     """
 
     position: Position
     tensors: Mapping[str, Tensor]
     values: Mapping[str, JsonValue]
     trained: AbstractSet[str]
-    before_gather: Callable[[], object]
+    fill_sharded: FillSharded
 
     def json(self) -> bytes:
         """Returns the canonical JSON of `values`."""
@@ -111,7 +112,7 @@ class TrainingState:
         self._dormant = dict(dormant)
         self.parts = MappingProxyType({name: parts[name] for name in sorted(parts)})
         self.topology = topology
-        self.before_gather: Callable[[], object] = lambda: None
+        self.fill_sharded: FillSharded = gather_whole
         for name, module in live.model.named_modules():
             if type(module).get_extra_state is not nn.Module.get_extra_state:
                 raise StateUnsupportedError(name, "the module has extra state beside parameters and buffers")
@@ -147,6 +148,22 @@ class TrainingState:
         }
         return combine(digests, survey.json())
 
+    def proof(self, image: StateImage, only: Collection[str]) -> Fingerprint:
+        """Returns the digests of the live state as `fingerprint` does, but without a gather: for an image on all ranks.
+
+        A sharded tensor has the image's digest if this rank's part of both is the same, else that of the part.
+        """
+        survey, sealed = self.survey(only), image.seal().tensors
+        digests = dict[str, str]()
+        for name, tensor in survey.tensors.items():
+            spec, sharded = spec_of(name, tensor), is_sharded(tensor)
+            digests[name] = spec.digest(packed_bytes(local(tensor)))
+            if sharded and name in sealed:
+                whole_part = part_of(tensor_view(spec, image.buffers[name]), tensor)
+                same = spec.digest(packed_bytes(whole_part)) == digests[name]
+                digests[name] = sealed[name] if same else f"part {digests[name]}"
+        return combine(digests, survey.json())
+
     def replicated(self) -> dict[str, str]:
         """Returns the digests of the tensors that are the same on all ranks, without the parts. Synchronises."""
         return {
@@ -169,6 +186,13 @@ class TrainingState:
         parts = {name: tuple(tensors[name].shape) for name, tensor in survey.tensors.items() if is_sharded(tensor)}
         specs = specs_of(survey.tensors)
         return StateImage(survey.position, specs, arena.buffers, survey.json(), parts=parts)
+
+
+def gather_whole(sharded: Mapping[str, tuple[Tensor, Tensor]], _arena: Arena) -> None:
+    """Copies sharded tensors as a `FillSharded`; every rank has to gather them meanwhile, as `gather` does."""
+    with torch.no_grad():
+        for tensor, target in sharded.values():
+            target.copy_(whole_value(tensor))  # one after the other, so that only one is in memory
 
 
 def parameter_names(live: LiveTraining) -> dict[Tensor, str]:
@@ -209,7 +233,7 @@ class _Surveyor:
         }
         self._tensors.update(rng_tensors)
         tensors = MappingProxyType({name: self._tensors[name] for name in sorted(self._tensors)})
-        return Survey(self._live.position, tensors, MappingProxyType(values), self._trained, self._state.before_gather)
+        return Survey(self._live.position, tensors, MappingProxyType(values), self._trained, self._state.fill_sharded)
 
     def _part(self, name: str, part: StatePart) -> JsonValue:
         return encode(dict(part.state_dict()), f"parts/{name}", self._put_home(trained=name in self._state.stepped))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from tolaria.ranks.group import Group
-from tolaria.segments import PREAMBLE_BYTES, Segment, placed
+from tolaria.segments import Segment, placed
 from tolaria.shards import local, part_of
 from tolaria.state.arenas import Arena
-from tolaria.state.encoding import spec_of, tensor_view
-from tolaria.state.shared_memory import SharedMemory
+from tolaria.state.shared_memory import SharedMemory, content_of
 from tolaria.state.training_state import TrainingState, gather_whole
 
 _FILL, _GATHER, _GIVE_UP, _DONE, _FORGET = b"F", b"G", b"R", b"D", b"X"
@@ -35,6 +35,7 @@ class Gathering:
     def __init__(self, group: Group, state: TrainingState, memory: SharedMemory | None) -> None:
         self.group = group
         self._state = state
+        self._contents: weakref.WeakKeyDictionary[Segment, Tensor] = weakref.WeakKeyDictionary()
         if group.leads:
             state.fill_sharded = self._fill
             if memory is not None:
@@ -88,13 +89,27 @@ class Gathering:
         return ""
 
     def _copy_to(self, segment: Segment, offsets: Mapping[str, int]) -> None:
-        content, tensors = memoryview(segment.memory)[PREAMBLE_BYTES:], self._state.survey().tensors
+        tensors = self._state.survey().tensors
+        content = self._content_of(segment, pinned=any(tensors[name].is_cuda for name in offsets))
         with torch.no_grad():
             for name, offset in offsets.items():
                 tensor = tensors[name]
-                spec = spec_of(name, tensor)
-                whole = tensor_view(spec, content[offset : offset + spec.size_bytes])
+                whole = (
+                    content[offset : offset + tensor.numel() * tensor.element_size()]
+                    .view(tensor.dtype)
+                    .view(tensor.shape)
+                )
                 part_of(whole, tensor).copy_(local(tensor))
+
+    def _content_of(self, segment: Segment, *, pinned: bool) -> Tensor:
+        """Returns the memory of a segment, which is pinned once where that can be done."""
+        if (content := self._contents.get(segment)) is None:
+            try:
+                content = content_of(segment, pinned=pinned)
+            except MemoryError:  # copies are slower then
+                content = content_of(segment, pinned=False)
+            self._contents[segment] = content
+        return content
 
     def _give_up(self) -> None:
         """Has the others unmap segments that are gone, so that their memory is free for the next ones."""

@@ -71,8 +71,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     ),
     "peers": ("clients", "connect", "consultation", "verification"),
     "ranks": (
-        "admission", "agent", "channel", "child", "elastic", "gathering", "group", "images", "liveness", "local_ranks", "node",
-        "output", "replica_store", "replicas", "share", "shared_segments", "stacks", "step_word",
+        "admission", "agent", "channel", "child", "elastic", "gathering", "group", "images", "liveness", "local_ranks",
+        "node", "output", "replica_store", "replicas", "share", "shared_segments", "stacks", "step_word",
     ),
     "reference": ("embedded", "history", "kasmina", "lifecycle", "policy", "rollback", "server", "tamiyo", "tracing"),
     "resilience": ("breaker", "conservative", "deadline"),

@@ -281,6 +281,19 @@ class UnevenJob(ExactJob):
         return torch.optim.AdamW(model.parameters(), lr=0.01)
 
 
+class WideJob(ExactJob):
+    """A model of some size. Options: width."""
+
+    def build_model(self) -> nn.Module:
+        """Nearly all of its parameters are in one matrix."""
+        width = int(str(self.options["width"]))
+        return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, width), nn.Linear(width, 1)).double()
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Has two moments for each parameter."""
+        return torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+
 class AverageJob(UnevenJob):
     """Keeps a moving average of the weights in its state, from the first step on."""
 

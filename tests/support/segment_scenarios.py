@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,10 +26,13 @@ from tolaria.state.shared_memory import SharedMemory
 class Ranks:
     """One rank of a group that has trained a few steps, and does what the scenarios below say."""
 
-    def __init__(self, group: Group, parallel: str = "fsdp", *, shows: bool = True) -> None:
+    def __init__(
+        self, group: Group, parallel: str = "fsdp", *, shows: bool = True, job: str = "UnevenJob", **options: object
+    ) -> None:
         torch.set_num_threads(1)
-        given = {"job": "support.rank_jobs:UnevenJob", "device": "cpu", "threads": 1}
-        settings = Settings.model_validate({"training": given, "lane": {"mode": "torchrun", "parallel": parallel}})
+        given = {"job": f"support.rank_jobs:{job}", "device": "cpu", "threads": 1, "options": options}
+        lane, ring = {"mode": "torchrun", "parallel": parallel}, {"memory_mb": 8192, "snapshots_max": 2}
+        settings = Settings.model_validate({"training": given, "lane": lane, "rollback": ring})
         self.group = group
         self.memory = SharedMemory(shows=True) if group.leads and shows else None
         group.segments = SharedSegments.connect(group) if shows else None
@@ -181,3 +185,27 @@ def altered(group: Group) -> list[bool]:
             state, expected = ranks.restore(3)
         found.append(state == expected)
     return found
+
+
+def timed(group: Group, *, shows: bool, width: int, rounds: int) -> dict[str, Any]:
+    """Takes and restores snapshots of a wide model; returns the size in bytes, and the seconds of each."""
+    ranks = Ranks(group, shows=shows, job="WideJob", width=width)
+    taken, restored = list[float](), list[float]()
+    for number in range(rounds + 2):  # the first two fill the ring, whose memory is used again
+        ranks.train(1)
+        group.all(value=True)
+        started_s = time.monotonic()
+        if group.leads:
+            with ranks.snapshots.capture_image() as image:
+                size_bytes = image.size_bytes
+        else:
+            ranks.snapshots.take_part()
+            size_bytes = 0
+        group.all(value=True)
+        taken.append(time.monotonic() - started_s)
+        started_s = time.monotonic()
+        state, expected = ranks.restore(ranks.built.module.global_step)
+        group.all(value=True)
+        restored.append(time.monotonic() - started_s)
+        assert state == expected, number
+    return {"bytes": size_bytes, "taken": taken[2:], "restored": restored[2:]}

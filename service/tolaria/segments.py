@@ -42,7 +42,8 @@ _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 def allow_descriptors() -> int:
     """Raises the limit of open descriptors as far as the system lets this process; returns how many segments fit.
 
-    Each large tensor that is not trained has a segment, which costs a descriptor here and in the service.
+    Each large tensor that is not trained has a segment, which costs a descriptor here, two in a group, and one in the
+    service.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)

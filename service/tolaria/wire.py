@@ -54,6 +54,8 @@ class FrameKind(IntEnum):
     """To the lane: the id of an image of the lane's that is not read any more."""
     IMAGE_DISCARDED = 9
     """To the lane: the id of an image of the service's that is not going to be restored any more."""
+    SEGMENTS_USE = 10
+    """From the rank that leads to another one: for what the segments are, as `ranks/` defines it."""
 
 
 _KINDS: Final = frozenset(FrameKind)

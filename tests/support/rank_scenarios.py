@@ -45,7 +45,6 @@ from tolaria.lane.messages import (
 )
 from tolaria.lane.step import train_step
 from tolaria.ranks.group import Group
-from tolaria.ranks.shared_segments import SharedSegments
 from tolaria.seeds import Blueprints
 from tolaria.seeds.slots import SlotSpec
 from tolaria.shards import whole_value
@@ -76,7 +75,7 @@ def train(
     sharded = settings.lane.parallel == "fsdp" and group is not None
     memory = SharedMemory(shows=True) if group is not None and group.leads and shows else None
     if group is not None:
-        group.segments = SharedSegments.connect(group) if shows else None
+        connect_segments(group, shows=shows)
     built = build_on_all_ranks(group, lambda: build(settings, memory, group), sharded=sharded)
     if group is not None and not group.leads:
         built.snapshots.takes_snapshots = False
@@ -111,6 +110,13 @@ def train(
         "peer_lost": run.lane.peer_lost,
         "culled": [list(event.refusals) for event in run.all_of(SeedsChanged) if event.refusals],
     }
+
+
+def connect_segments(group: Group, *, shows: bool) -> None:
+    """Has the ranks map the leader's memory, or not; whatever a scenario before has done."""
+    group.segments = None
+    if shows:
+        group.connect_segments()
 
 
 def train_with_seed(group: Group | None, *, where: str, on: int, **options: Any) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed.tensor
 
+from support.rank_scenarios import connect_segments
 from tolaria.config import Settings
 from tolaria.errors import RollbackError
 from tolaria.lane.build import BuiltLane, build
@@ -17,10 +19,11 @@ from tolaria.lane.group_state import GroupRestore
 from tolaria.lane.hosting import build_on_all_ranks
 from tolaria.lane.step import train_step
 from tolaria.ranks.group import Group
-from tolaria.ranks.shared_segments import SharedSegments
-from tolaria.segments import Segment, open_image, share
+from tolaria.segments import Segment, mapped, open_image, share
 from tolaria.shards import local
+from tolaria.state.restore import StagedRestore
 from tolaria.state.shared_memory import SharedMemory
+from tolaria.state.snapshots import SnapshotRing
 
 
 class Ranks:
@@ -35,7 +38,7 @@ class Ranks:
         settings = Settings.model_validate({"training": given, "lane": lane, "rollback": ring})
         self.group = group
         self.memory = SharedMemory(shows=True) if group.leads and shows else None
-        group.segments = SharedSegments.connect(group) if shows else None
+        connect_segments(group, shows=shows)
         make = lambda: build(settings, self.memory, group)  # noqa: E731
         self.built: BuiltLane = build_on_all_ranks(group, make, sharded=parallel == "fsdp")
         self.snapshots = self.built.snapshots
@@ -45,7 +48,7 @@ class Ranks:
         self.train(3)
 
     def train(self, steps: int) -> None:
-        """Trains so many steps further."""
+        """Trains a number of steps."""
         last = self.built.module.global_step + steps
         while self.built.module.global_step < last:
             self.built.module.begin_epoch()
@@ -136,24 +139,19 @@ def counted() -> Iterator[dict[str, int]]:
 
 
 def without_room(group: Group) -> dict[str, Any]:
-    """The last rank cannot map what the leader shows: first for a capture, then for a restore."""
+    """The last rank cannot map the leader's memory: what is captured and restored nevertheless."""
     ranks = Ranks(group)
-    good = ranks.capture()
-    ranks.train(2)
     before = ranks.digest()
-    with patch("tolaria.ranks.shared_segments.mapped", lambda _frame: {}):
-        if group.rank == group.world - 1:
-            ranks.group.segments.forget()  # type: ignore[union-attr]
-            refused = ranks.capture(beside=True), ranks.restore(3)
-    if group.rank != group.world - 1:
-        refused = ranks.capture(beside=True), ranks.restore(3)
-    unchanged = ranks.digest() == before
-    again = ranks.restore(3)
-    return {"refused": refused, "unchanged": unchanged, "again": again, "good": good}
+    blind = group.rank == group.world - 1
+    with patch("tolaria.ranks.shared_segments.mapped", (lambda _: {}) if blind else mapped), counted() as calls:
+        captured = ranks.capture()
+        ranks.train(2)
+        restored = ranks.restore(3)
+    return {"captured": captured, "restored": restored, "same": ranks.digest() == before, "calls": calls}
 
 
 def held_memory(group: Group) -> list[list[int]]:
-    """What is mapped after a capture, after one whose memory the last one's gave up, and after one beside the ring."""
+    """What is mapped after a capture, after others whose memory the ring has given up, and after one beside it."""
     ranks = Ranks(group)
     found = list[list[int]]()
     for beside in (False, False, True):
@@ -165,25 +163,42 @@ def held_memory(group: Group) -> list[list[int]]:
     return found
 
 
-def altered(group: Group) -> list[bool]:
-    """Whether the live state is proven to be the image: as restored, and after a change of one element on one rank."""
+def held_after_growth(group: Group) -> list[list[int]]:
+    """What is mapped after a capture, and after one that is refused, since the state has become too large."""
     ranks = Ranks(group)
     ranks.capture()
-    found = list[bool]()
-    for spoils in (False, True):
-        commit = "tolaria.state.restore.StagedRestore.commit"
-        original = __import__("tolaria.state.restore", fromlist=["StagedRestore"]).StagedRestore.commit
+    before = ranks.held
+    with patch.object(SnapshotRing, "_make_room", lambda ring, *_: ring._drop_all()):  # noqa: SLF001 - its lock is held
+        group.snapshot_agreed, ranks.snapshots.takes_snapshots = True, group.leads
+        ranks.snapshots.step_done(0.1)
+    return [before, ranks.held]
 
-        def changed(staged: Any, *rest: Any, spoils: bool = spoils, original: Any = original) -> None:
-            original(staged, *rest)
+
+def altered(group: Group, *, start: bool) -> list[Any]:
+    """Whether the live state is proven to be the image: as restored, and after a change of one element on one rank.
+
+    By a rollback, or as a group starts.
+    """
+    ranks, found = Ranks(group), list[Any]()
+    digest = ranks.capture()
+    commit = StagedRestore.commit
+    for spoils in (False, True):
+
+        def changed(staged: StagedRestore, *rest: Any, spoils: bool = spoils) -> None:
+            commit(staged, *rest)
             if spoils and group.rank == 1:
                 parameter = next(p for p in ranks.built.module.model.parameters() if local(p).numel())
                 with torch.no_grad():
                     local(parameter).view(-1)[0] += 1.0
 
-        with patch(commit, changed):
-            state, expected = ranks.restore(3)
-        found.append(state == expected)
+        with patch.object(StagedRestore, "commit", changed):
+            if start:
+                proven = list[bool]()
+                ranks.restoring.start(lambda p=proven: p.append(ranks.snapshots.restore_digest(digest, ())))  # type: ignore[misc]
+                found.append(proven)
+            else:
+                state, expected = ranks.restore(3)
+                found.append(state == expected)
     return found
 
 

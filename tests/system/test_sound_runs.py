@@ -21,6 +21,8 @@ from support.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(3600)
 DIGITS, BUILT_IN = "support.user_jobs:Digits", "tolaria.jobs.digits:digits"
+PATIENT = ["control.boundary_budget_ms=10000", "tamiyo.timeout_s=60", "kasmina.timeout_s=60"]
+"""Limits that no busy machine exceeds: beyond them the controller is left alone for some epochs."""
 ENDED = (admin.RUN_STATE_FINISHED, admin.RUN_STATE_FAILED, admin.RUN_STATE_HALTED)
 
 
@@ -47,6 +49,7 @@ def test_small_batches_and_noise_are_left_alone(
     long = request.config.getoption("--long")
     settings = [f"training.options.{name}={value}" for name, value in options.items()]
     settings += [f"training.job={job}", f"training.epochs={long_epochs if long else epochs}", "training.device=cpu"]
+    settings += PATIENT
     for seed in (0, 1) if long else (0,):
         directory = tmp_path / str(seed)
         directory.mkdir()

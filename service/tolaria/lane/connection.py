@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from tolaria.errors import LaneError, WireError
 from tolaria.images import ImagePool, Lease
 from tolaria.lane import encoding
 from tolaria.lane.messages import Command, CommandDone, Event, ImageCaptured, LaneEnded, Restore
-from tolaria.segments import Segment, open_image, segments_frames
+from tolaria.segments import Segment, numbers_frame, open_image, segments_frames
 from tolaria.state.shared_memory import SharedMemory
 from tolaria.wire import Frame, FrameKind, FrameStream, packed_events, packed_id, send, unpacked_id
 
@@ -125,7 +124,7 @@ class LaneConnection:
             self._send_segments()  # before the events that speak of what lies in them
             self._send_frames(events)
             if freed := self._memory.take_freed():
-                send(self._connection, Frame(FrameKind.SEGMENTS_FREED, json.dumps(freed).encode()))
+                send(self._connection, numbers_frame(FrameKind.SEGMENTS_FREED, freed))
             if events and isinstance(events[-1], LaneEnded):
                 self._ended.set()
 

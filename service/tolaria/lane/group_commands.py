@@ -173,8 +173,8 @@ def _unpacked(said: bytes) -> RunEpoch | QueuedCommand:
 class GroupExecutor(CommandExecutor):
     """Carries out commands on every rank: on all of them or, where one rank cannot, on none.
 
-    Images are the leader's, which has the only snapshots: it sends the image of a restore to the others, and gathers
-    what is sharded. `profiles` are those of any rank.
+    Images are the leader's, which has the only snapshots: the others take part in its captures, and get the image of a
+    restore from it. `profiles` are those of any rank.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Final
 
@@ -27,9 +27,9 @@ _NO_IMAGE: Final = b"N"
 
 
 class GroupRestore:
-    """Restores on all ranks: the leader shows or sends the image, and each rank refuses it if another one does.
+    """Restores on all ranks: they get the leader's image, and each rank refuses it if another one does.
 
-    It shows those that lie in its memory to ranks on the same machine.
+    They map one that lies in its memory where all are on one machine; else the leader sends it.
 
     In an operation of all ranks, `begin` comes first; then the leader restores, and the others `follow`.
     """
@@ -37,7 +37,8 @@ class GroupRestore:
     def __init__(self, group: Group, snapshots: SnapshotManager) -> None:
         self._group = group
         self._snapshots = snapshots
-        self._sent = self._voted = False
+        self._sent = self._voted = self._shown = False
+        snapshots.prove = self._proven
         snapshots.restore_staged = self._agreed
         snapshots.restore_failed = self._vote_against
         if group.leads:
@@ -48,7 +49,7 @@ class GroupRestore:
         self._sent = self._voted = False
 
     def follow(self) -> Restored:
-        """Restores what the leader sends. Raises as `SnapshotManager.restore_image` does."""
+        """Restores what the leader restores. Raises as `SnapshotManager.restore_image` does."""
         if (image := self._received()) is None:
             raise RestoreAbandonedError("before it began")
         return self._restore(image)
@@ -64,13 +65,9 @@ class GroupRestore:
         Raises what it raises, on the leader only.
         """
         if not self._group.leads:
-            ended = False
-            while not ended:
+            while (image := self._received()) is not None:
                 with suppress(RollbackError, SeedError, OptimizationError):  # the leader's restore fails, too
-                    image = self._received()
-                    ended = image is None
-                    if image is not None:
-                        self._restore(image)
+                    self._restore(image)
             return
         try:
             restore()
@@ -78,50 +75,59 @@ class GroupRestore:
             self._group.broadcast_bytes(_NO_IMAGE)
 
     def _received(self) -> StateImage | None:
-        """Returns the image that the leader restores; None if it restores none.
-
-        Raises ImageDamagedError if it cannot be mapped here; the others know then.
-        """
-        if (said := self._group.broadcast_bytes()) == _NO_IMAGE:
-            return None
-        self._snapshots.on_every_rank = said == _SHOWN
-        if said == _SHOWN:
-            return self._mapped()
-        image = receive_image(self._group, self._snapshots.state)
+        """Returns the image that the leader restores; None if it restores none."""
+        image = None
+        while image is None:
+            if (said := self._group.broadcast_bytes()) == _NO_IMAGE:
+                return None
+            self._shown = said == _SHOWN
+            image = self._mapped() if self._shown else receive_image(self._group, self._snapshots.state)
         self._sent, self._voted = True, False
         return image
 
-    def _mapped(self) -> StateImage:
-        segments = self._group.segments
-        if segments is None:
-            raise PeerLostError("the leader shows memory to ranks on another machine")
-        number = int(segments.hear())
-        self._sent, self._voted = True, False
-        try:
-            return open_image(segments.held[number], segments.held).image
-        except (KeyError, ImageDamagedError):
-            self._vote_against()
-            raise ImageDamagedError("the leader's memory, which cannot be mapped") from None
-        finally:
-            segments.forget()
+    def _mapped(self) -> StateImage | None:
+        """Returns the image in the leader's memory; None if a rank cannot map it."""
+        if (segments := self._group.segments) is None:
+            raise PeerLostError("the leader has memory for ranks on another machine")
+        number, image = int(segments.receive()), None
+        with suppress(KeyError, ImageDamagedError):
+            image = open_image(segments.held[number], segments.held).image
+        segments.release()
+        return None if self._group.first_text("" if image else "it cannot be mapped") else image
 
     def _restore(self, image: StateImage) -> Restored:
         return self._snapshots.restore_image(image, lambda: self._refused_anywhere(refused=False))
 
     def _send(self, image: StateImage, refused: Callable[[], bool] | None) -> Callable[[], bool]:
-        """Shows or sends the image that is about to be restored; returns what decides whether it is."""
-        segments, memory = self._group.segments, self._snapshots.memory
-        shown = [] if segments is None or memory is None else memory.segments_of(image)
-        self._snapshots.on_every_rank = bool(shown)
-        if segments is not None and shown:
-            self._group.broadcast_bytes(_SHOWN)
-            segments.say(str(image.segment).encode(), shown)
-            segments.forget()  # as the other ranks do, once they have mapped them for this image
-        else:
+        """Gives all ranks the image that is about to be restored; returns what decides whether it is."""
+        self._shown = self._all_mapped(image)
+        if not self._shown:
             self._group.broadcast_bytes(_IMAGE)
             send_image(self._group, image)
         self._sent, self._voted = True, False
         return lambda: self._refused_anywhere(refused is not None and refused())
+
+    def _all_mapped(self, image: StateImage) -> bool:
+        """Has the other ranks map an image; returns False if one cannot."""
+        segments, memory = self._group.segments, self._snapshots.memory
+        if segments is None or memory is None or not (place := memory.place_of(image)):
+            return False
+        self._group.broadcast_bytes(_SHOWN)
+        segments.send(str(image.segment).encode(), place)
+        segments.release()
+        return not self._group.first_text("")
+
+    def _proven(self, image: StateImage, parts: Collection[str]) -> str:
+        """Returns the digest of the restored state: the image's, if every rank has proven its parts."""
+        state, expected = self._snapshots.state, image.seal().total
+        if not self._shown:
+            return state.fingerprint(only=parts).total
+        found = ""
+        try:
+            found = state.proof(image, parts).total
+        finally:  # also if the state cannot be listed: the others wait
+            of_ranks = self._group.all_gather_text(found)
+        return next((each for each in of_ranks if each != expected), expected)
 
     def _agreed(self) -> bool:
         """Whether all ranks can begin: a change of seeds is an operation of all of them, which none must miss."""

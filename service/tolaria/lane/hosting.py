@@ -31,7 +31,6 @@ from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.lane.process import Received, end_with_service
 from tolaria.ranks.group import Group, lost_peer
 from tolaria.ranks.images import receive_image, send_image
-from tolaria.ranks.shared_segments import SharedSegments
 from tolaria.signals.lane_page import SILENT_ENDS_S, SILENT_SIGNAL, LanePage, PagePulse
 from tolaria.state.shared_memory import SharedMemory
 from tolaria.values.failure import Failure
@@ -49,15 +48,15 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
     In a group this is the rank that leads.
     """
     gc.freeze()  # what has been imported stays until the end, so that no full collection looks at it
-    shows = RankEnvironment.read().world > 1
-    memory = SharedMemory(received.held.values(), received.order.next_segment, shows=shows)
-    received.held.clear()
     run_id = received.order.run_id
     message: LaneReady | LaneEnded
     try:
         if (group := join_group()) is not None:
             group.broadcast_bytes(to_bytes(LaneOrder(received.order.settings, (), 0, RestorePlan(), run_id=run_id)))
-            group.segments = SharedSegments.connect(group)
+            group.connect_segments()
+        shows = group is not None and group.segments is not None
+        memory = SharedMemory(received.held.values(), received.order.next_segment, shows=shows)
+        received.held.clear()
         built = build_on_all_ranks(
             group,
             lambda: build(settings, memory, group, run_id),
@@ -103,7 +102,7 @@ def follow() -> int:
         group = join_group()
         if group is None or not isinstance(order := from_bytes(group.broadcast_bytes()), LaneOrder):
             return PEER_LOST
-        group.segments = SharedSegments.connect(group)
+        group.connect_segments()
         settings = Settings.model_validate(json.loads(order.settings))
         sharded = settings.lane.parallel == "fsdp"
         built = build_on_all_ranks(group, lambda: build(settings, group=group, run_id=order.run_id), sharded=sharded)

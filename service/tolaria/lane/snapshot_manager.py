@@ -70,8 +70,8 @@ class SnapshotManager:
         """Called when a restore fails before live state has changed."""
         self.takes_snapshots = True
         """Off: the state is kept elsewhere."""
-        self.on_every_rank = False
-        """Whether the image that is being restored is whole on every rank, so that each proves its own part."""
+        self.prove: Callable[[StateImage, Collection[str]], str] = self._digest
+        """Returns the digest of the live state, with these parts, that has been restored from an image."""
         self.memory = memory
         self._gathering: Gathering | None = None
         self._structure = SeedStructure(module.seeds)
@@ -159,7 +159,7 @@ class SnapshotManager:
             NoCheckpointError: all spare images are still being read.
         """
         self._ring_used = True
-        with self._gathered(forget=beside):
+        with self._gathered(release=beside):
             return self._captured(beside=beside)
 
     def _captured(self, *, beside: bool) -> Lease:
@@ -243,7 +243,7 @@ class SnapshotManager:
             if not self.restore_staged():
                 raise RestoreAbandonedError("about to change anything")
             staged.commit(refused, self.restore_failed)
-            found = self._digest(image, staged.values["parts"])
+            found = self.prove(image, staged.values["parts"])
         except (KeyError, TypeError, ValueError) as error:  # the image's values are not those of this module
             self.restore_failed()
             raise StateMismatchError([f"{type(error).__name__}: {error}"]) from error
@@ -277,10 +277,7 @@ class SnapshotManager:
             losses=json.dumps(module.losses.state_dict()),
         )
 
-    def _digest(self, image: StateImage, parts: Collection[str]) -> str:
-        """Returns the digest of the live state, with these parts, that has been restored from an image."""
-        if self.on_every_rank:
-            return self.state.proof(image, parts).total
+    def _digest(self, _image: StateImage, parts: Collection[str]) -> str:
         return self.state.fingerprint(only=parts).total
 
     def _take_snapshot(self) -> None:
@@ -316,13 +313,13 @@ class SnapshotManager:
         return cadence.steps_since >= self._every_steps if self._every_steps else cadence.due
 
     @contextmanager
-    def _gathered(self, *, forget: bool = False) -> Iterator[None]:
-        """Spans a capture, and ends it for the ranks that take part; `forget` if its memory is not used again."""
+    def _gathered(self, *, release: bool = False) -> Iterator[None]:
+        """Spans a capture, and ends it for the ranks that take part; `release` if its memory is used once."""
         try:
             yield
         finally:
             if self._gathering is not None:
-                self._gathering.done(forget=forget)
+                self._gathering.done(release=release)
 
 
 def _free(lease: Lease, ring: SnapshotRing) -> None:

@@ -16,15 +16,16 @@ from tolaria.state.arenas import Arena
 from tolaria.state.shared_memory import SharedMemory, content_of
 from tolaria.state.training_state import TrainingState, gather_whole
 
-_FILL, _GATHER, _GIVE_UP, _DONE, _FORGET = b"F", b"G", b"R", b"D", b"X"
-"""What the ranks do next: copy their parts, send them, give up memory, nothing more, nor keep anything mapped."""
+_DUE = b"C"
+_FILL, _GATHER, _GIVE_UP, _DONE, _RELEASE = b"F", b"G", b"U", b"D", b"R"
+"""What the ranks do next: copy their parts, send them, unmap what is gone, nothing more, or unmap everything."""
 
 
 class Gathering:
     """One rank's side of captures: the leader fills its images, and the others take part until it is done.
 
-    Where the leader shows its segments (`Group.segments`), each rank copies its parts to where they belong in them;
-    else the leader gathers one tensor after the other.
+    Where all ranks can map the leader's segments (`Group.segments`), each copies its parts to where they belong in
+    them; else the leader gathers one tensor after the other.
 
     Args:
         group: all ranks; an attribute, too.
@@ -43,48 +44,51 @@ class Gathering:
 
     def agreed(self, due: bool) -> bool:
         """Returns whether a capture is due, as the leader says. Every rank has to call this."""
-        return self.group.broadcast_bytes(_FILL if due else _DONE) == _FILL
+        return self.group.broadcast_bytes(_DUE if due else _DONE) == _DUE
 
-    def done(self, *, forget: bool = False) -> None:
-        """Ends a capture for the ranks that take part, and if its memory is not used again, their part in that."""
-        self.group.broadcast_bytes(_FORGET if forget else _DONE)
-        if forget:
-            self._forget()
+    def done(self, *, release: bool = False) -> None:
+        """Ends a capture for the ranks that take part; with `release` they unmap its memory, which is used once."""
+        self._give_up()
+        self.group.broadcast_bytes(_RELEASE if release else _DONE)
+        if release:
+            self._release()
 
     def take_part(self) -> None:
         """Takes part in one capture of the leader's. Raises PeerLostError."""
         segments = self.group.segments
-        while (said := self.group.broadcast_bytes()) not in {_DONE, _FORGET}:
+        while (said := self.group.broadcast_bytes()) not in {_DONE, _RELEASE}:
             if said == _GATHER or segments is None:
                 self._state.gather()
             else:
-                self.group.first_text(self._copied(segments.hear(), segments.held))
-        if said == _FORGET:
-            self._forget()
+                self.group.first_text(self._copied(segments.receive(), segments.held))
+        if said == _RELEASE:
+            self._release()
 
     def _fill(self, sharded: Mapping[str, tuple[Tensor, Tensor]], arena: Arena) -> None:
         """Copies as a `FillSharded`."""
-        segments, segment = self.group.segments, arena.segment
-        if segments is None or segment is None:
+        if arena.segment is None or not self._filled_in_place(sharded, arena, arena.segment):
             self.group.broadcast_bytes(_GATHER)
             gather_whole(sharded, arena)
-            return
+
+    def _filled_in_place(self, sharded: Mapping[str, tuple[Tensor, Tensor]], arena: Arena, segment: Segment) -> bool:
+        """Has each rank copy its parts; returns False if one cannot."""
+        if (segments := self.group.segments) is None:
+            return False
         self.group.broadcast_bytes(_FILL)
         offsets = {spec.name: offset for spec, offset in placed(arena.specs) if spec.name in sharded}
-        segments.say(json.dumps([segment.number, offsets]).encode(), [segment])
+        segments.send(json.dumps([segment.number, offsets]).encode(), [segment])
         with torch.no_grad():
             for tensor, target in sharded.values():
                 part_of(target, tensor).copy_(local(tensor))
-        if problem := self.group.first_text(""):
-            raise MemoryError(problem)
+        return not self.group.first_text("")
 
     def _copied(self, said: bytes, held: Mapping[int, Segment]) -> str:
-        """Copies this rank's parts to where the leader says; returns why it cannot."""
+        """Copies this rank's parts to where the leader says, if it says that; returns why it cannot."""
         if not said:
             return ""
         number, offsets = json.loads(said)
         if number not in held:
-            return f"rank {self.group.rank} has no room to map the leader's memory"
+            return "no room to map it"
         self._copy_to(held[number], offsets)
         return ""
 
@@ -112,12 +116,12 @@ class Gathering:
         return content
 
     def _give_up(self) -> None:
-        """Has the others unmap segments that are gone, so that their memory is free for the next ones."""
+        """Has the others unmap segments that are gone, so that their memory is free."""
         if self.group.segments is not None and self.group.segments.some_gone:
             self.group.broadcast_bytes(_GIVE_UP)
-            self.group.segments.say(b"")
+            self.group.segments.send(b"")
             self.group.first_text("")
 
-    def _forget(self) -> None:
+    def _release(self) -> None:
         if self.group.segments is not None:
-            self.group.segments.forget()
+            self.group.segments.release()

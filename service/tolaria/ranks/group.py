@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,8 @@ from torch import Tensor
 
 from tolaria.config.ranks import RankEnvironment
 from tolaria.errors import BrokenJobError, PeerLostError, RankFailedError, RanksDifferError
+from tolaria.ranks.shared_segments import SharedSegments
 from tolaria.ranks.step_word import COMPARED, StepWord
-
-if TYPE_CHECKING:
-    from tolaria.ranks.shared_segments import SharedSegments
 
 _WAIT: Final = timedelta(days=365)
 """A rank that waits for one that has gone is ended with the group; one that is only slow is not dead."""
@@ -46,7 +44,7 @@ class Group:
         snapshot_due: returns whether this rank wants a snapshot after the step; set where the state is sharded.
         snapshot_agreed: whether one follows this step on all ranks; each `all_reduce_step` sets it.
         rides: whether the next step's sums travel with its gradients; each `all_reduce_step` sets it.
-        segments: how the leader shows its memory to the others; None where they are on several machines.
+        segments: how the others map the leader's memory; None before `connect_segments`, and on several machines.
     """
 
     def __init__(self, rank: int, world: int, local_rank: int = 0, local_world: int = 1) -> None:
@@ -83,6 +81,11 @@ class Group:
                 store.set(_BEGUN, "1")
             else:
                 store.wait([_BEGUN], _WAIT)
+
+    def connect_segments(self) -> None:
+        """Has the ranks map the leader's memory, if all are on one machine. Raises PeerLostError."""
+        if self.local_world == self.world:
+            self.segments = SharedSegments.connect(self.rank, self.world, self.broadcast_bytes)
 
     def leave(self) -> None:
         """Ends this rank's part: the threads of gloo must not outlive the interpreter."""

@@ -9,21 +9,19 @@ from __future__ import annotations
 import os
 import socket
 import weakref
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tolaria import forks
 from tolaria.errors import PeerLostError, WireError
 from tolaria.ranks.child import is_child_of
-from tolaria.ranks.group import Group
 from tolaria.segments import Segment, allow_descriptors, mapped, numbers_frame, numbers_of, segments_frames
 from tolaria.wire import Frame, FrameKind, FrameStream, send
 
 
 class SharedSegments:
-    """One rank's side: the leader says something, and shows segments with it; the others hear it.
+    """One rank's side: the leader sends segments, and for what they are; the others receive both.
 
-    Used in the lane's thread, or before the lane has started. Every rank makes one, by `connect`.
+    Used in the lane's thread, or before the lane has started. Every rank makes one, by `Group.connect_segments`.
 
     Attributes:
         held: on the other ranks, the segments that are mapped there, by number.
@@ -31,17 +29,19 @@ class SharedSegments:
 
     def __init__(self, connections: Sequence[socket.socket]) -> None:
         self.held: dict[int, Segment] = {}
-        self._shown: set[int] = set()
-        self._gone = deque[int]()
         self._streams = [FrameStream(connection) for connection in connections]
+        self._sent: set[int] = set()
+        self._alive: weakref.WeakValueDictionary[int, Segment] = weakref.WeakValueDictionary()
+        """Those of the segments sent that the leader still has."""
 
     @classmethod
-    def connect(cls, group: Group) -> SharedSegments | None:
-        """Connects all ranks with the leader; None if they are on several machines. Raises PeerLostError."""
-        if group.local_world != group.world:
-            return None
+    def connect(cls, rank: int, world: int, broadcast: Callable[[bytes], bytes]) -> SharedSegments:
+        """Connects all ranks of a machine with the leader. Raises PeerLostError.
+
+        `broadcast` returns on every rank what the leader gives it.
+        """
         allow_descriptors()
-        connections = _accepted(group) if group.leads else [_connected(group)]
+        connections = _accepted(world, broadcast) if rank == 0 else [_connected(broadcast(b"").decode())]
         for connection in connections:
             forks.keep_private(connection.fileno())
         return cls(connections)
@@ -49,32 +49,34 @@ class SharedSegments:
     @property
     def some_gone(self) -> bool:
         """Whether the other ranks map segments that the leader does not have any more."""
-        return bool(self._gone)
+        return any(number not in self._alive for number in self._sent)
 
-    def say(self, content: bytes, segments: Iterable[Segment] = ()) -> None:
-        """Has the other ranks hear this, after they have mapped these segments, and given up those that are gone.
+    def send(self, content: bytes, segments: Iterable[Segment] = ()) -> None:
+        """Sends segments that the other ranks do not have yet, which are gone, and for what they are.
 
-        The descriptors of segments that they do not have yet must be open. Raises PeerLostError.
+        The descriptors of the former must be open. Raises PeerLostError.
         """
-        fresh = [segment for segment in segments if segment.number not in self._shown]
-        frames = [*segments_frames([(segment.number, segment.descriptor) for segment in fresh])]
-        if gone := [self._gone.popleft() for _ in range(len(self._gone))]:
-            frames.insert(0, numbers_frame(FrameKind.SEGMENTS_FREED, gone))
-        frames.append(Frame(FrameKind.COMMAND, content))
+        fresh = [segment for segment in segments if segment.number not in self._sent]
+        gone = [number for number in self._sent if number not in self._alive]
+        frames = [numbers_frame(FrameKind.SEGMENTS_FREED, gone)] if gone else []
+        frames += segments_frames([(segment.number, segment.descriptor) for segment in fresh])
+        frames.append(Frame(FrameKind.SEGMENTS_USE, content))
         try:
             for stream in self._streams:
                 for frame in frames:
                     send(stream.connection, frame)
         except WireError as error:
             raise PeerLostError(str(error)) from error
+        self._sent.difference_update(gone)
         for segment in fresh:
-            self._shown.add(segment.number)
-            weakref.finalize(segment, self._has_gone, segment.number).atexit = False
+            self._sent.add(segment.number)
+            self._alive[segment.number] = segment
 
-    def hear(self) -> bytes:
-        """Waits for what the leader says, with the segments that it shows. Raises PeerLostError.
+    def receive(self) -> bytes:
+        """Waits for what the leader sends, maps the segments, and returns for what they are.
 
-        A segment that cannot be mapped, such as without memory for it, is missing in `held` then.
+        One that cannot be mapped is missing in `held` then. Raises PeerLostError, also where this process has no
+        descriptor left to receive one.
         """
         (stream,) = self._streams
         try:
@@ -91,27 +93,22 @@ class SharedSegments:
             raise PeerLostError(str(error)) from error
         raise PeerLostError("the leader has closed the connection")
 
-    def forget(self) -> None:
-        """Has what is shown next shown anew, and gives up what is mapped here. Every rank calls it."""
-        self._shown.clear()
-        self._gone.clear()
+    def release(self) -> None:
+        """Unmaps all that the leader has sent, which it sends anew when it is used again. Every rank calls it."""
+        self._sent.clear()
+        self._alive.clear()
         self.held.clear()
 
-    def _has_gone(self, number: int) -> None:
-        if number in self._shown:
-            self._shown.discard(number)
-            self._gone.append(number)
 
-
-def _accepted(group: Group) -> list[socket.socket]:
+def _accepted(world: int, broadcast: Callable[[bytes], bytes]) -> list[socket.socket]:
     """Returns the leader's connections to all other ranks, which the same process has started."""
     address = f"tolaria-ranks-{os.getpid()}-{os.urandom(8).hex()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind("\0" + address)
-        listener.listen(group.world)
-        group.broadcast_bytes(address.encode())
+        listener.listen(world)
+        broadcast(address.encode())
         found = list[socket.socket]()
-        while len(found) < group.world - 1:
+        while len(found) < world - 1:
             asking = listener.accept()[0]
             if is_child_of(os.getppid(), asking):
                 found.append(asking)
@@ -120,9 +117,8 @@ def _accepted(group: Group) -> list[socket.socket]:
     return found
 
 
-def _connected(group: Group) -> socket.socket:
+def _connected(address: str) -> socket.socket:
     """Returns the connection to the leader."""
-    address = group.broadcast_bytes().decode()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.connect("\0" + address)

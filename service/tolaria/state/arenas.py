@@ -41,10 +41,7 @@ Raises MemoryError.
 
 
 FillSharded: TypeAlias = "Callable[[Mapping[str, tuple[Tensor, Tensor]], Arena], object]"
-"""Copies sharded tensors, by name with the whole tensors that they are to fill, into an arena, with all other ranks.
-
-Raises MemoryError if another rank has no room to do so.
-"""
+"""Copies sharded tensors, by name with the whole tensors that they are to fill, into an arena, with all other ranks."""
 
 
 def private_memory(size_bytes: int, pinned: bool) -> tuple[Tensor, None]:
@@ -92,16 +89,21 @@ class Arena:
         return self.specs[0].name if self.specs else ""
 
     def fill(self, tensors: Mapping[str, Tensor], fill_sharded: FillSharded | None = None) -> None:
-        """Copies the tensors with the arena's specs into it. Synchronises. Allocates no memory.
+        """Copies the tensors with the arena's specs into it. Synchronises. Allocates no memory itself.
 
-        Where some are sharded, `fill_sharded` copies these, of which other ranks have parts. Raises what it raises.
+        Where some are sharded, `fill_sharded` copies these, of which other ranks have parts.
+
+        Raises:
+            ValueError: some are sharded, and there is no `fill_sharded`.
         """
         self._digests = {}
         if self.segment is not None:
             self.segment.clear()
         pairs = list(zip((tensors[spec.name] for spec in self.specs), self._targets, strict=True))
         sharded = {spec.name: (t, target) for spec, (t, target) in zip(self.specs, pairs, strict=True) if is_sharded(t)}
-        if sharded and fill_sharded is not None:
+        if sharded:
+            if fill_sharded is None:
+                raise ValueError(f"{next(iter(sharded))} is sharded")
             fill_sharded(sharded, self)
         plain = [(tensor.detach(), target) for tensor, target in pairs if not is_sharded(tensor)]
         if plain:

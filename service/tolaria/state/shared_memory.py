@@ -73,7 +73,7 @@ class SharedMemory:
         self._given[opened.image] = opened.places[0][0]
         return opened.image
 
-    def segments_of(self, image: StateImage) -> list[Segment]:
+    def place_of(self, image: StateImage) -> list[Segment]:
         """Returns the segments in which an image lies, first the one where it begins; none if it is elsewhere."""
         if (alone := self._given.get(image)) is not None:
             return [alone]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -115,9 +116,9 @@ def test_unchanged_tensors_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> N
     """Later snapshots copy the head and the other small tensors only."""
     run, copied, fill = FineTuning(), list[str](), Arena.fill
 
-    def recorded(arena: Arena, tensors: Mapping[str, Tensor]) -> None:
+    def recorded(arena: Arena, tensors: Mapping[str, Tensor], *rest: Any) -> None:
         copied.extend(spec.name for spec in arena.specs)
-        fill(arena, tensors)
+        fill(arena, tensors, *rest)
 
     monkeypatch.setattr(Arena, "fill", recorded)
     for _ in range(7):

@@ -133,9 +133,11 @@ async def test_frames_of_one_read_are_handed_over_together() -> None:
     """In one call, in their order."""
     calls = list[int]()
     async with served(lambda frames: calls.append(len(frames))) as ends:
-        ends.peer.sendall(b"".join(frame.header() + frame.content for frame in map(Frame, FrameKind, [b"x"] * 9)))
-        await ends.receives(9)
-    assert calls == [9]
+        ends.peer.sendall(
+            b"".join(frame.header() + frame.content for frame in map(Frame, FrameKind, [b"x"] * len(FrameKind)))
+        )
+        await ends.receives(len(FrameKind))
+    assert calls == [len(FrameKind)]
     assert [frame.kind for frame in ends.frames] == list(FrameKind)
 
 

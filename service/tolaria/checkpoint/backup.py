@@ -27,6 +27,8 @@ from tolaria.journal.rows import CheckpointRow
 
 _WAIT_S: Final = 3.0
 """How long a checkpoint that the journal names may have no files: retention on a full disk removes these first."""
+_WAITS_S: Final = 60.0
+"""How long each journal that is copied may name another one without files: it is removed soon after it is written."""
 _PAUSE_S: Final = 0.05
 
 
@@ -121,12 +123,13 @@ def make_backup(
 @contextmanager
 def _pinned(directory: Path, scratch: Path, purpose: Purpose) -> Iterator[_Pins]:
     """Copies the journal to `scratch`, and opens this copy and the files of all checkpoints that it names."""
-    until_s = time.monotonic() + _WAIT_S
+    since_s, until_s = dict[str, float](), time.monotonic() + _WAITS_S
     with ExitStack() as stack:
         stack.callback(remove_database, scratch)
         while True:
-            pins = _pins(directory, scratch, purpose)
-            if not pins.missing or time.monotonic() >= until_s:
+            pins, now_s = _pins(directory, scratch, purpose), time.monotonic()
+            since_s = {checkpoint_id: since_s.get(checkpoint_id, now_s) for checkpoint_id in pins.missing}
+            if not pins.missing or now_s >= until_s or now_s - min(since_s.values()) >= _WAIT_S:
                 break
             pins.close()  # a newer state of the journal may not name what is missing any more
             time.sleep(_PAUSE_S)

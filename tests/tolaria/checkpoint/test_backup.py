@@ -4,11 +4,15 @@ import os
 import shutil
 import tarfile
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from faults.small_training import new_training
+from tolaria.checkpoint import backup
 from tolaria.checkpoint.archive import BACKUP, BackupManifest, open_backup, open_writer
 from tolaria.checkpoint.backup import make_backup
 from tolaria.checkpoint.inspection import Condition, inspect_storage
@@ -99,6 +103,29 @@ def test_backups_of_a_directory_in_use_are_whole(tmp_path: Path, request: pytest
             writer.join()
     assert newest == sorted(newest)
     assert len(set(newest)) > 2  # it was written meanwhile
+
+
+def test_checkpoints_that_are_removed_soon_after_they_are_written_can_be_backed_up(
+    old_state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine each copy of the journal may name another one that has gone already; one that stays is enough.
+
+    The clock shows more than the time for which one and the same may be missing.
+    """
+    found, times = backup._pins, iter(range(0, 1000, 2))  # noqa: SLF001 - what the journal says, and when
+    gone = ["a", "b", "c", "d"]
+
+    def pins(*arguments: Any) -> Any:
+        made = found(*arguments)
+        if gone:
+            made.missing[gone.pop()] = "No such file or directory"
+        return made
+
+    monkeypatch.setattr(backup, "_pins", pins)
+    clock = SimpleNamespace(monotonic=lambda: float(next(times)), sleep=lambda _: None, time_ns=time.time_ns)
+    monkeypatch.setattr(backup, "time", clock)
+    assert make_backup(old_state, tmp_path / "copy").checkpoints == IDS
+    assert gone == []
 
 
 @pytest.mark.parametrize("name", ["copy", "copy.tar"])

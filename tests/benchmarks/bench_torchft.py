@@ -11,6 +11,7 @@ takes its next step, alone, and until both take one. Its lighthouse has the time
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import statistics
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -102,20 +103,24 @@ class Replicas:
     def steps(self, number: int, *, after_s: float) -> list[tuple[int, float]]:
         """Returns the number of participants and the time of each step of a replica after a time."""
         lines = (self._folder / f"steps{number}").read_text().splitlines()
-        found = [line.split() for line in lines[-2000:] if line.count(" ") == 1]
+        found = [fields for line in lines[-2000:] if len(fields := line.split()) == 2]  # a kill may cut one off
         return [(int(count), float(at)) for count, at in found if float(at) > after_s]
 
     def killed(self) -> tuple[float, float]:
-        """Kills the second replica, and starts it again; returns the seconds to the first step of one, and of two."""
+        """Kills the second replica, and starts it again; returns the seconds to the first step of one, and of two.
+
+        What has not happened after a minute counts as infinite.
+        """
         at_s = time.monotonic()
         self.processes[1].kill()
         self.processes[1].wait()
         self.processes[1] = self._replica(1)
-        wait_for(lambda: any(count == 2 for count, _ in self.steps(1, after_s=at_s)), 120)
+        with suppress(TimeoutError):
+            wait_for(lambda: any(count == 2 for count, _ in self.steps(1, after_s=at_s)))
         # A step that was on its way when the other one died is none of those that follow.
-        alone = next((at for count, at in self.steps(0, after_s=at_s) if count == 1), None)
-        both = next(at for count, at in self.steps(1, after_s=at_s) if count == 2)
-        return (both if alone is None else min(alone, both)) - at_s, both - at_s
+        alone = next((at for count, at in self.steps(0, after_s=at_s) if count == 1), math.inf)
+        both = next((at for count, at in self.steps(1, after_s=at_s) if count == 2), math.inf)
+        return min(alone, both) - at_s, both - at_s
 
 
 def wait_for(done: Callable[[], bool], limit_s: float = 60.0) -> None:

@@ -55,7 +55,7 @@ class FrameKind(IntEnum):
     IMAGE_DISCARDED = 9
     """To the lane: the id of an image of the service's that is not going to be restored any more."""
     SEGMENTS_USE = 10
-    """From the rank that leads to another one: for what the segments are, as `ranks/` defines it."""
+    """From the rank that leads to another one: what to do with segments, as `ranks/` and `lane/group_state` define."""
 
 
 _KINDS: Final = frozenset(FrameKind)

@@ -27,8 +27,8 @@ from tolaria.journal.rows import CheckpointRow
 
 _WAIT_S: Final = 3.0
 """How long a checkpoint that the journal names may have no files: retention on a full disk removes these first."""
-_WAITS_S: Final = 60.0
-"""How long each journal that is copied may name another one without files: it is removed soon after it is written."""
+_WAIT_IN_ALL_S: Final = 60.0
+"""The same, where it is another one each time: checkpoints are removed soon after they are written."""
 _PAUSE_S: Final = 0.05
 
 
@@ -123,7 +123,7 @@ def make_backup(
 @contextmanager
 def _pinned(directory: Path, scratch: Path, purpose: Purpose) -> Iterator[_Pins]:
     """Copies the journal to `scratch`, and opens this copy and the files of all checkpoints that it names."""
-    since_s, until_s = dict[str, float](), time.monotonic() + _WAITS_S
+    since_s, until_s = dict[str, float](), time.monotonic() + _WAIT_IN_ALL_S
     with ExitStack() as stack:
         stack.callback(remove_database, scratch)
         while True:

@@ -88,12 +88,12 @@ class GroupRestore:
     def _mapped(self) -> StateImage | None:
         """Returns the image in the leader's memory; None if a rank cannot map it."""
         if (segments := self._group.segments) is None:
-            raise PeerLostError("the leader has memory for ranks on another machine")
+            raise PeerLostError("the leader shares its memory, to which this rank is not connected")
         number, image = int(segments.receive()), None
         with suppress(KeyError, ImageDamagedError):
             image = open_image(segments.held[number], segments.held).image
         segments.release()
-        return None if self._group.first_text("" if image else "it cannot be mapped") else image
+        return image if self._group.all(image is not None) else None
 
     def _restore(self, image: StateImage) -> Restored:
         return self._snapshots.restore_image(image, lambda: self._refused_anywhere(refused=False))
@@ -115,7 +115,7 @@ class GroupRestore:
         self._group.broadcast_bytes(_SHOWN)
         segments.send(str(image.segment).encode(), place)
         segments.release()
-        return not self._group.first_text("")
+        return self._group.all(value=True)
 
     def _proven(self, image: StateImage, parts: Collection[str]) -> str:
         """Returns the digest of the restored state: the image's, if every rank has proven its parts."""

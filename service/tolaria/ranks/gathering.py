@@ -60,7 +60,7 @@ class Gathering:
             if said == _GATHER or segments is None:
                 self._state.gather()
             else:
-                self.group.first_text(self._copied(segments.receive(), segments.held))
+                self.group.all(self._copied(segments.receive(), segments.held))
         if said == _RELEASE:
             self._release()
 
@@ -80,17 +80,17 @@ class Gathering:
         with torch.no_grad():
             for tensor, target in sharded.values():
                 part_of(target, tensor).copy_(local(tensor))
-        return not self.group.first_text("")
+        return self.group.all(value=True)
 
-    def _copied(self, said: bytes, held: Mapping[int, Segment]) -> str:
-        """Copies this rank's parts to where the leader says, if it says that; returns why it cannot."""
+    def _copied(self, said: bytes, held: Mapping[int, Segment]) -> bool:
+        """Copies this rank's parts to where the leader says, if it says that; returns False if it is not mapped."""
         if not said:
-            return ""
+            return True
         number, offsets = json.loads(said)
         if number not in held:
-            return "no room to map it"
+            return False
         self._copy_to(held[number], offsets)
-        return ""
+        return True
 
     def _copy_to(self, segment: Segment, offsets: Mapping[str, int]) -> None:
         tensors = self._state.survey().tensors
@@ -98,11 +98,8 @@ class Gathering:
         with torch.no_grad():
             for name, offset in offsets.items():
                 tensor = tensors[name]
-                whole = (
-                    content[offset : offset + tensor.numel() * tensor.element_size()]
-                    .view(tensor.dtype)
-                    .view(tensor.shape)
-                )
+                size_bytes = tensor.numel() * tensor.element_size()
+                whole = content[offset : offset + size_bytes].view(tensor.dtype).view(tensor.shape)
                 part_of(whole, tensor).copy_(local(tensor))
 
     def _content_of(self, segment: Segment, *, pinned: bool) -> Tensor:
@@ -120,7 +117,7 @@ class Gathering:
         if self.group.segments is not None and self.group.segments.some_gone:
             self.group.broadcast_bytes(_GIVE_UP)
             self.group.segments.send(b"")
-            self.group.first_text("")
+            self.group.all(value=True)
 
     def _release(self) -> None:
         if self.group.segments is not None:

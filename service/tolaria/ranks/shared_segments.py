@@ -19,7 +19,7 @@ from tolaria.wire import Frame, FrameKind, FrameStream, send
 
 
 class SharedSegments:
-    """One rank's side: the leader sends segments, and for what they are; the others receive both.
+    """One rank's side: the leader sends segments, with a content that says what to do with them; the others receive it.
 
     Used in the lane's thread, or before the lane has started. Every rank makes one, by `Group.connect_segments`.
 
@@ -52,9 +52,9 @@ class SharedSegments:
         return any(number not in self._alive for number in self._sent)
 
     def send(self, content: bytes, segments: Iterable[Segment] = ()) -> None:
-        """Sends segments that the other ranks do not have yet, which are gone, and for what they are.
+        """Sends `content`, after those of the segments that the other ranks do not have yet, with open descriptors.
 
-        The descriptors of the former must be open. Raises PeerLostError.
+        Has them unmap first what the leader does not have any more. Raises PeerLostError.
         """
         fresh = [segment for segment in segments if segment.number not in self._sent]
         gone = [number for number in self._sent if number not in self._alive]
@@ -73,7 +73,7 @@ class SharedSegments:
             self._alive[segment.number] = segment
 
     def receive(self) -> bytes:
-        """Waits for what the leader sends, maps the segments, and returns for what they are.
+        """Waits for what the leader sends; returns the content, once the segments before it are mapped.
 
         One that cannot be mapped is missing in `held` then. Raises PeerLostError, also where this process has no
         descriptor left to receive one.

@@ -75,7 +75,8 @@ class Frames:
                 if text != self._texts.get(name):
                     changed[name] = text
                 await anyio.lowlevel.checkpoint()
-            curves = await self._changed_curves()
+            with anyio.CancelScope(shield=True):  # what a curve says once that it has changed, has to be in a frame
+                curves = await self._changed_curves()
             if changed or curves:
                 self._texts |= changed
                 self.number += 1

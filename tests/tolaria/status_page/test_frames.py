@@ -154,6 +154,31 @@ def crowded() -> tuple[Sections, Any]:
     return sections, run
 
 
+async def test_a_viewer_that_leaves_while_a_frame_is_rendered_costs_the_others_nothing() -> None:
+    """The points of curves that were encoded for that frame are in it, or in the next one."""
+    page = Page()
+    page.curves["accuracy"] = Curve()
+    await page.tick(1)
+    page.curves["loss"].add(2, 0.5)
+    for turns in range(1, 6):
+        page.now_s += 1.0
+        page.curves["accuracy"].add(turns + 2, 0.25)
+        with anyio.CancelScope() as leaving:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(page.frames.refresh)
+                for _ in range(turns):
+                    await anyio.lowlevel.checkpoint()
+                leaving.cancel()
+    page.now_s += 1.0
+    await page.frames.refresh()
+    known: dict[str, list[Any]] = {}
+    for _, _, data in events(page.frames.after(0)):
+        for name, change in data["curves"].items():
+            known[name] = known.get(name, [])[: change["at"]] + change["points"]
+            assert len(known[name]) == change["at"] + len(change["points"]), "points are missing"
+    assert [len(points) for points in known.values()] == [len(page.curves[name].points) for name in known]
+
+
 async def test_sections_are_bounded_and_say_how_much_there_is() -> None:
     """Ranks, restore points, incidents; long texts are cut; markup is a text like any other."""
     sections, _ = await anyio.to_thread.run_sync(crowded)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,23 +38,26 @@ def journal(tmp_path: Path) -> Iterator[FullJournal]:
         yield journal
 
 
-async def written(journal: AsyncJournal, *rows: Row) -> None:
-    """Has the rows written, for as long as a second attempt would take."""
+async def written(journal: AsyncJournal, *rows: Row, until: Callable[[], bool]) -> None:
+    """Has the rows written until something holds."""
     for row in rows:
         journal.note(row)
-    with anyio.move_on_after(0.4):
-        await journal.flush(5.0)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(journal.flush, 180.0)
+        with anyio.fail_after(180):
+            while not until():
+                await anyio.sleep(0.005)
+        tasks.cancel_scope.cancel()
 
 
 @pytest.mark.anyio
 async def test_an_emergency_is_written_at_once_on_a_full_disk(journal: FullJournal, tmp_path: Path) -> None:
     """Ahead of what waits; the reserve is there again once there is room."""
     async_journal = AsyncJournal(journal, "run")
-    await written(async_journal, FAULT)
-    assert (async_journal.waiting, bool(async_journal.failing)) == (1, True)
+    await written(async_journal, FAULT, until=lambda: bool(async_journal.failing))
+    assert async_journal.waiting == 1
     journal.full = False  # as the removal of the reserve makes it
-    await written(async_journal, HALT)
-    assert async_journal.waiting == 0
+    await written(async_journal, HALT, until=lambda: not async_journal.waiting)
     assert await anyio.to_thread.run_sync(journal.rows, EmergencyRow) == (HALT,)
     assert (tmp_path / "journal.sqlite3.reserve").stat().st_size == RESERVE_BYTES
 
@@ -63,9 +66,9 @@ async def test_an_emergency_is_written_at_once_on_a_full_disk(journal: FullJourn
 async def test_only_an_emergency_gets_the_reserve(journal: FullJournal, tmp_path: Path) -> None:
     """Other rows wait until there is room."""
     async_journal = AsyncJournal(journal, "run")
-    await written(async_journal, FAULT)
+    await written(async_journal, FAULT, until=lambda: bool(async_journal.failing))
     assert (tmp_path / "journal.sqlite3.reserve").exists()
-    await written(async_journal, HALT)
+    await written(async_journal, HALT, until=lambda: async_journal.waiting == 1)
     assert await anyio.to_thread.run_sync(journal.rows, EmergencyRow) == (HALT,)
 
 
@@ -102,9 +105,10 @@ def test_a_halt_is_written_to_a_disk_that_is_full(small_disk: Path) -> None:
 
     async def write(journal: Journal) -> None:
         async_journal = AsyncJournal(journal, "run")
-        await written(async_journal, *(FaultRow(str(n), n, "run", "x", 1, "", "y" * 4000) for n in range(8)))
-        assert async_journal.failing
-        await written(async_journal, HALT)
+        faults = [FaultRow(str(n), n, "run", "x", 1, "", "y" * 4000) for n in range(8)]
+        await written(async_journal, *faults, until=lambda: bool(async_journal.failing))
+        left = async_journal.waiting
+        await written(async_journal, HALT, until=lambda: async_journal.waiting <= left)
 
     with Journal(small_disk / "journal.sqlite3") as opened:
         fill(small_disk / "filler")

@@ -53,22 +53,25 @@ _LONGEST_FIRST: Final = (
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Puts the files that take longest first: one that begins last would have a core alone. Skips the marked `long`."""
+    """Puts the files that take longest first: one that begins last would have a core alone. Skips what is marked."""
 
     def place(item: pytest.Item) -> int:
         names = (item.path.stem, *reversed(item.path.parts))
         return next((_LONGEST_FIRST.index(name) for name in names if name in _LONGEST_FIRST), len(_LONGEST_FIRST))
 
     items.sort(key=place)
-    if not config.getoption("--long"):
-        for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="a long variant of other tests: needs --long"))
+    long, slow = config.getoption("--long"), config.getoption("--slow")
+    for item in items:
+        if item.get_closest_marker("long") and not long:
+            item.add_marker(pytest.mark.skip(reason="a long variant of other tests: needs --long"))
+        elif item.get_closest_marker("slow") and not (long or slow):
+            item.add_marker(pytest.mark.skip(reason="runs in CI: needs --slow"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the options for longer tests; the section "Tests" of the README lists them."""
     parser.addoption("--long", action="store_true", help="run the long variants of tests that have one")
+    parser.addoption("--slow", action="store_true", help="run the slow tests too, as CI does")
     parser.addoption("--beside-load", action="store_true", help="run two busy loops beside the tests")
     parser.addoption("--fuzz-cases", type=int, default=150, help="requests or responses per fuzzing test")
 

@@ -51,9 +51,10 @@ SETTINGS = [
     "tamiyo.timeout_s=0.2",
     "kasmina.timeout_s=0.2",
     "checkpoint.keep_last=2",
+    "checkpoint.every_epochs=10",
     "emergency.sentinel=false",
 ]
-SLOWLY: Final = "training.options.step_s=0.01"
+SLOWLY: Final = "training.options.step_s=0.03"
 """For the disturbed run: the other one repeats at full speed what is trained while breakers cool down."""
 LIES: list[SeedState] = [
     SeedState(),

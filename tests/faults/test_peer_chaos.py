@@ -9,6 +9,7 @@ import pytest
 from support.processes import python_path
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(4500)
 def test_peers_that_fail_at_random_change_nothing(request: pytest.FixtureRequest) -> None:
     """Killed, frozen, restarted, late, hanging and lying: the last digest is that of a run with working peers.

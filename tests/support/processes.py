@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ import grpc
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
+from support.waiting import wait_for
 
 START_TIMEOUT_S = 240.0
 TESTS = Path(__file__).parents[1]
@@ -37,6 +37,8 @@ class Serve:
             env=environment | {"PYTHONPATH": python_path(code)},
         )
         self.lines: list[str] = []
+        self._parsed = 0
+        self._events = list[dict[str, Any]]()
         self._serving = threading.Event()
         self._serving_event: dict[str, Any] = {}
         self.reader = threading.Thread(target=self._read, daemon=True)
@@ -66,7 +68,10 @@ class Serve:
 
     def events(self) -> list[dict[str, Any]]:
         """The events that it has logged so far."""
-        return [json.loads(line) for line in self.lines if line.startswith("{")]
+        unread = self.lines[self._parsed :]
+        self._parsed += len(unread)
+        self._events += [json.loads(line) for line in unread if line.startswith("{")]
+        return list(self._events)
 
     def terminate(self) -> None:
         """Sends SIGTERM."""
@@ -135,10 +140,7 @@ def stub_of(service: Serve) -> Iterator[TolariaAdminServiceStub]:
     """A stub of a service that has built its job: waits for that."""
     with grpc.insecure_channel(service.addresses()[0]) as channel:
         stub = TolariaAdminServiceStub(channel)
-        until_s = time.monotonic() + START_TIMEOUT_S
-        while service.process.poll() is None and status(stub).state == admin.RUN_STATE_STARTING:
-            assert time.monotonic() < until_s, service.lines
-            time.sleep(0.02)
+        wait_for(lambda: service.process.poll() is not None or status(stub).state != admin.RUN_STATE_STARTING)
         yield stub
 
 
@@ -149,14 +151,16 @@ def status(stub: TolariaAdminServiceStub) -> admin.GetStatusResponse:
 
 
 def wait_for_steps(stub: TolariaAdminServiceStub, more_than: int = 0) -> admin.GetStatusResponse:
-    """Waits at most a minute for a status with more global steps than `more_than`."""
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline:
-        status: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=60)
-        if status.global_step > more_than:
-            return status
-        time.sleep(0.02)
-    raise AssertionError("no step was made")
+    """Waits for a status with more global steps than `more_than`."""
+    answer = status(stub)
+
+    def has_stepped() -> bool:
+        nonlocal answer
+        answer = status(stub)
+        return answer.global_step > more_than
+
+    wait_for(has_stepped)
+    return answer
 
 
 def cpu_s(pid: int) -> float:

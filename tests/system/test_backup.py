@@ -30,6 +30,7 @@ def killed_backup(state: Path, to: Path, after_s: float) -> bool:
     return to.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_goes_on_from_a_backup_bit_equal(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Backups are taken while the run trains, some of them killed; no half one exists, and a restored one ends equal.

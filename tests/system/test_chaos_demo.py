@@ -67,7 +67,7 @@ def bystanders() -> Iterator[list[int]]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.slow)])
 def test_nothing_is_lost(ranks: int, bystanders: list[int], tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The final state is that of the undisturbed run, bit by bit; with --long in a whole demo, else after one death.
 

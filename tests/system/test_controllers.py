@@ -24,6 +24,7 @@ def peer_process(service: Serve, peer: str) -> int:
     return next(pid for pid, words in commands.items() if b"peer" in words and peer.encode() in words)
 
 
+@pytest.mark.slow
 def test_kills_of_the_controller_and_of_the_service_cause_no_rollback(tmp_path: Path) -> None:
     """The restarted Tamiyo knows the run, nothing is rolled back, and an operator's learning rate stays in force.
 

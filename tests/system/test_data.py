@@ -103,6 +103,7 @@ def run_disturbed(directory: Path, *arguments: str, rank: int = 0) -> tuple[int,
     return last_checkpoint(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_that_is_rolled_back_and_killed_ends_in_the_same_state(undisturbed: Undisturbed, tmp_path: Path) -> None:
     """A stream, two validation sets, steps, a skip; SIGKILL of the lane and of the service: the digest is the same."""

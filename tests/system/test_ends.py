@@ -77,6 +77,7 @@ def test_a_signal_that_comes_while_everything_ends_changes_nothing(tmp_path: Pat
     assert not [path for path in SHARED_MEMORY.iterdir() if board in path.name]
 
 
+@pytest.mark.slow
 def test_a_slow_peer_gets_what_is_left_of_the_drain_timeout(tmp_path: Path) -> None:
     """It stands still for longer than the tenth that is its share, and is not killed."""
     limits = ["service.drain_timeout_s=20", "emergency.drain_s=30"]

@@ -55,11 +55,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple
 @pytest.mark.parametrize(
     ("how", "kind", "words"),
     [
-        ("segv", "crashed", "SIGSEGV"),
-        ("exit", "exited", "ended with code 3"),
+        pytest.param("segv", "crashed", "SIGSEGV", marks=pytest.mark.slow),
+        pytest.param("exit", "exited", "ended with code 3", marks=pytest.mark.slow),
         pytest.param("raise", "raised", "OSError: the file server does not answer", marks=pytest.mark.long),
         pytest.param("hang", "silent", "no heartbeat for", marks=pytest.mark.long),
-        ("gil", "silent", "no heartbeat for"),
+        pytest.param("gil", "silent", "no heartbeat for", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.timeout(900)
@@ -107,6 +107,7 @@ def limited_group() -> Path | None:
     return None
 
 
+@pytest.mark.slow
 def test_a_lane_that_is_killed_for_lack_of_memory_says_so(
     peers: list[str], memory_cgroup: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +133,7 @@ def test_a_batch_with_which_two_processes_die_is_left_out(peers: list[str], tmp_
     assert left_out["epoch_and_place"][0] == 1
 
 
+@pytest.mark.slow
 def test_an_exception_that_comes_again_and_again_fails_the_run(peers: list[str], tmp_path: Path) -> None:
     """After the third process that ends by the same exception; the reason says which one it is."""
     arguments = [*JOB, *peers, "training.options.at=3", "training.options.how=raise", "training.options.always=true"]

@@ -56,6 +56,7 @@ def test_a_paused_run_is_paused_after_a_death(tmp_path: Path) -> None:
         assert lane_of(service) not in {0, before}
 
 
+@pytest.mark.slow
 def test_a_lane_that_is_stopped_while_it_rests_is_noticed(peers: list[str], tmp_path: Path) -> None:
     """No heartbeat of its steps is due then, but one of its process."""
     limits = ["emergency.heartbeat_timeout_s=4", "emergency.phase_timeout_s=5"]
@@ -70,6 +71,7 @@ def test_a_lane_that_is_stopped_while_it_rests_is_noticed(peers: list[str], tmp_
     assert [line["cause"] for line in losses(service)] == ["silent"]
 
 
+@pytest.mark.slow
 def test_a_container_that_is_frozen_for_a_while_loses_nothing(peers: list[str], tmp_path: Path) -> None:
     """As by `docker pause`: the service may run first afterwards, and the lane has given no heartbeat meanwhile."""
     limits = ["emergency.heartbeat_timeout_s=4", "emergency.sentinel=false"]

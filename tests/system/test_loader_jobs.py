@@ -98,6 +98,7 @@ def test_starts_with_workers_always_answer(
         assert written, service.lines
 
 
+@pytest.mark.slow
 def test_a_killed_service_leaves_nothing_behind(tmp_path: Path) -> None:
     """Its workers end with it, the next start resumes at once, reports changed settings, and drains; see below."""
     with serve(*JOB, SHORT_EPOCHS, cwd=tmp_path) as service, stub_of(service) as stub:

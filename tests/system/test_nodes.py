@@ -114,6 +114,7 @@ ALONE: Final = [(0, 0, "host-a")]
 GONE: Final = f"the machine host-b ({NETWORK}.2) has gone: "
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_machines_train_one_model_and_lose_each_other(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Rollbacks are proved on both; a cut of 5 s is no loss; the group goes on without the other one.

@@ -137,6 +137,7 @@ def test_deaths_cost_nothing_but_time(
     assert last_checkpoint(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_replica_on_another_machine_outlives_the_first_one(
     peers: list[str], undisturbed: tuple[int, str], tmp_path: Path
@@ -176,6 +177,7 @@ def joined(rendezvous: str, directory: Path) -> Iterator[subprocess.Popen[bytes]
         join.wait(10)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_death_of_a_sharded_rank_costs_nothing_but_time(peers: list[str], tmp_path: Path) -> None:
     """The run ends bit-equal to one without a death, as with whole models."""

@@ -61,6 +61,7 @@ def recovered(service: Serve) -> int:
     return sum(line["event"] == "tolaria.lane_recovered" for line in service.events())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_no_death_at_any_moment_costs_more_than_time(
     request: pytest.FixtureRequest, peers: list[str], tmp_path: Path

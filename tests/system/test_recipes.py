@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import torch
@@ -38,7 +38,12 @@ def test_a_recipe_is_short(name: str) -> None:
     assert len((JOBS / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 80
 
 
-@pytest.mark.parametrize("name", RECIPES)
+SLOW: Final = ("hugging_face", "language_model")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in RECIPES]
+)
 def test_a_recipe_runs(name: str, tmp_path: Path) -> None:
     """By the command at its top, for three evaluations: the run finishes, without a rollback, and has learnt."""
     source = (JOBS / f"{name}.py").read_text(encoding="utf-8")

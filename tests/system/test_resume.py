@@ -106,6 +106,7 @@ def test_a_killed_service_resumes_and_ends_in_the_same_state(tmp_path: Path, pee
     assert digest_a == digest_b
 
 
+@pytest.mark.slow
 def test_one_state_directory_is_used_by_successive_services(tmp_path: Path, peers: list[str]) -> None:
     """Rolls back, refuses a second service, resumes after SIGTERM, refuses another job, ends, starts a new run."""
     arguments = [*JOB, *peers, "training.epochs=1000000", "rollback.every_steps=5", "rollback.fast_budget_s=20"]
@@ -175,6 +176,7 @@ def test_a_run_of_version_0_1_0_is_resumed(tmp_path: Path) -> None:
     assert [line["epoch"] for line in service.events() if line["event"] == "epoch_finished"] == [43, 44]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # it starts four services
 def test_a_cut_after_an_automatic_rollback_outlives_a_kill(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Killed right after the rollback, before another checkpoint: the next process has the cut rate, once.

@@ -113,10 +113,13 @@ def test_a_job_that_fails_during_training_fails_the_run(tmp_path: Path) -> None:
     ("override", "code", "words"),
     [
         ("training.job=nope", 2, "training.job 'nope' is not registered"),
-        ("training.job=support.jobs:VectorLossJob", 2, "must be a scalar, got shape (8, 1)"),
+        pytest.param(
+            *("training.job=support.jobs:VectorLossJob", 2, "must be a scalar, got shape (8, 1)"),
+            marks=pytest.mark.slow,
+        ),
         ("training.epocs=3", 2, "training.epocs: unknown field"),
         ("tamiyo.target=nowhere", 2, "'nowhere' is not host:port"),
-        ("training.device=cuda:63", 2, "training.device"),
+        pytest.param("training.device=cuda:63", 2, "training.device", marks=pytest.mark.slow),
     ],
 )
 def test_an_invalid_start_prints_one_clear_message(override: str, code: int, words: str, tmp_path: Path) -> None:
@@ -167,7 +170,7 @@ def test_an_independent_client_works_by_reflection(tmp_path: Path) -> None:
         assert "reason: must not be empty" in refused.stderr
 
 
-@pytest.mark.parametrize("peer", ["tamiyo", "kasmina"])
+@pytest.mark.parametrize("peer", ["tamiyo", pytest.param("kasmina", marks=pytest.mark.slow)])
 def test_a_dead_peer_does_not_stop_training(peer: str, tmp_path: Path) -> None:
     """With nothing listening at the target, training continues at full speed, and the breaker opens."""
     arguments = [f"{peer}.target=127.0.0.1:1", "training.epochs=100000"]

@@ -32,7 +32,7 @@ ENDED = (admin.RUN_STATE_FINISHED, admin.RUN_STATE_FAILED, admin.RUN_STATE_HALTE
         (DIGITS, {"optimizer": "sgd", "lr": 0.03, "batch": 8}, 4, 40, 0.97),
         pytest.param(DIGITS, {"optimizer": "adam", "lr": 3e-3, "dropout": 0.3}, 10, 60, 0.97, marks=pytest.mark.long),
         pytest.param(BUILT_IN, {"batch_size": 8}, 1, 20, 0.95, marks=pytest.mark.long),
-        (BUILT_IN, {"batch_size": 4}, 1, 12, 0.95),
+        pytest.param(BUILT_IN, {"batch_size": 4}, 1, 12, 0.95, marks=pytest.mark.slow),
     ],
 )
 def test_small_batches_and_noise_are_left_alone(

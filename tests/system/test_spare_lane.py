@@ -21,7 +21,10 @@ FINITE: Final = [
     "training.deterministic=true", "training.options.samples=320", "training.options.step_s=0.02",
     "service.exit_when_done=true",
 ]  # fmt: skip
-RANKS: Final = ["lane.mode=torchrun", "lane.processes=2"]
+MODES: Final = [
+    pytest.param([], 0, id="process"),
+    pytest.param(["lane.mode=torchrun", "lane.processes=2"], 2, id="torchrun", marks=pytest.mark.slow),
+]
 
 
 def logged(service: Serve, event: str) -> list[dict[str, Any]]:
@@ -55,7 +58,7 @@ def ends_with_digest(directory: Path, *settings: str) -> tuple[int, str]:
     return last_checkpoint(directory)
 
 
-@pytest.mark.parametrize(("mode", "ranks"), [([], 0), (RANKS, 2)], ids=["process", "torchrun"])
+@pytest.mark.parametrize(("mode", "ranks"), MODES)
 @pytest.mark.timeout(900)
 def test_a_death_costs_neither_a_step_nor_the_import_of_torch(mode: list[str], ranks: int, tmp_path: Path) -> None:
     """The process that was ready trains on, another one is made ready, and the run ends bit-equal; none is left."""
@@ -81,7 +84,7 @@ def test_a_death_costs_neither_a_step_nor_the_import_of_torch(mode: list[str], r
     assert last_checkpoint(tmp_path / "killed") == undisturbed
 
 
-@pytest.mark.parametrize(("mode", "ranks"), [([], 0), (RANKS, 2)], ids=["process", "torchrun"])
+@pytest.mark.parametrize(("mode", "ranks"), MODES)
 def test_a_killed_service_leaves_no_spare_process(mode: list[str], ranks: int, tmp_path: Path) -> None:
     """It ends with the service, as the lane does."""
     endless = ["training.epochs=100000", "lane.spare_after_s=0.1"]

@@ -87,6 +87,7 @@ def curve(ended: Ended, name: str) -> list[tuple[int, Any]]:
     return [(step, pytest.approx(value, rel=1e-5)) for step, value in found]
 
 
+@pytest.mark.slow
 def test_the_curves_of_the_status_page_go_on_after_a_restart(ended: Ended) -> None:
     """The service that took the run over shows the losses of the one before, without the steps that were undone."""
     points = ended.page["curves"]["loss"]["points"]

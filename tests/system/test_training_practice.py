@@ -36,6 +36,7 @@ def losses_of(service: Serve) -> list[object]:
     return list(found.values())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_kill_and_rollbacks_of_both_tiers_change_nothing(tmp_path: Path) -> None:
     """The last checkpoint has the digest of a run without them: of weights, scheduler, average and callbacks."""

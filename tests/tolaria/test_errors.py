@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import get_type_hints
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tolaria import errors
@@ -94,6 +94,7 @@ def constructor_arguments(kind: type[TolariaError]) -> st.SearchStrategy[tuple[o
 
 
 @pytest.mark.parametrize("kind", [TolariaError, *defined(errors).values()])
+@settings(max_examples=20)  # of each of a hundred classes
 @given(data=st.data())
 def test_error_survives_conversion_to_fields_and_back(kind: type[TolariaError], data: st.DataObject) -> None:
     """Class, message and attributes are the same, and the fields are plain, immutable values."""

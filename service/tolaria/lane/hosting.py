@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -47,7 +46,6 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
 
     In a group this is the rank that leads.
     """
-    gc.freeze()  # what has been imported stays until the end, so that no full collection looks at it
     run_id = received.order.run_id
     message: LaneReady | LaneEnded
     try:
@@ -96,7 +94,6 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
 
 def follow() -> int:
     """Runs a rank that does not lead until the group ends; returns the exit code of the process."""
-    gc.freeze()
     settings = Settings()
     try:
         group = join_group()

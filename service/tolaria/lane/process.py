@@ -18,7 +18,7 @@ from tolaria import forks
 from tolaria.config import Settings
 from tolaria.lane.encoding import from_bytes
 from tolaria.lane.order import LaneOrder
-from tolaria.ranks.child import announce, lane_options
+from tolaria.ranks.child import announce, keep_imports, lane_options
 from tolaria.segments import OpenedImage, Segment, allow_descriptors, open_image, segments_of
 from tolaria.signals.lane_page import LanePage
 from tolaria.wire import FrameKind, FrameStream, unpacked_id
@@ -51,6 +51,7 @@ def serve(connection_descriptor: int, page_descriptor: int) -> int:
     stream = FrameStream(connection)
     # Imports torch, which takes seconds: before the order, so that a process that waits for one has done it.
     host = importlib.import_module("tolaria.lane.hosting").host
+    keep_imports()
     received = _received(stream)
     settings = Settings.model_validate(json.loads(received.order.settings))
     return int(host(stream, received, settings, LanePage(Segment(0, page_descriptor))))

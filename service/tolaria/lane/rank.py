@@ -8,7 +8,7 @@ import sys
 
 from tolaria.config.ranks import RankEnvironment
 from tolaria.lane.process import serve
-from tolaria.ranks.child import begin
+from tolaria.ranks.child import begin, keep_imports
 
 
 def main() -> int:
@@ -17,7 +17,9 @@ def main() -> int:
     begin(place.agent)
     if place.rank == 0:
         return serve(*_descriptors(place.address))
-    return int(importlib.import_module("tolaria.lane.hosting").follow())
+    follow = importlib.import_module("tolaria.lane.hosting").follow
+    keep_imports()
+    return int(follow())
 
 
 def _descriptors(address: str) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from contextlib import suppress
 from typing import Final
 
 from tolaria.config.ranks import PEER_LOST, NodePlace, prepare_ranks, rank_ended
-from tolaria.ranks.child import announce, is_child_of, lane_options
+from tolaria.ranks.child import announce, is_child_of, keep_imports, lane_options
 from tolaria.segments import Segment
 from tolaria.signals.lane_page import SILENT_SIGNAL, LanePage
 
@@ -86,6 +86,7 @@ def _run(processes: int, place: NodePlace, page: LanePage) -> tuple[Mapping[int,
     """
     # Only now, since it imports torch, which takes seconds.
     elastic = importlib.import_module("tolaria.ranks.elastic")
+    keep_imports()
     ranks = elastic.Ranks((sys.executable, "-m", "tolaria.lane.rank"), processes, place, poll_s=_POLL_S)
     threading.Thread(target=_beat, args=(page,), name="tolaria-heartbeat", daemon=True).start()
     return dict(ranks.run()), int(ranks.world)

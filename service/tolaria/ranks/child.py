@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import io
 import json
 import os
@@ -53,7 +54,11 @@ def is_child_of(parent: int, asking: socket.socket) -> bool:
 
 
 def begin(parent: int) -> None:
-    """Has this process end with the one that started it, and not by the signals that are for the service."""
+    """Has this process end with the one that started it, and not by the signals that are for the service.
+
+    The garbage collector is off until `keep_imports` is called.
+    """
+    gc.disable()
     forks.end_with(parent)  # also while the GIL is held
     faulthandler.enable()
     dump_on_request()
@@ -62,6 +67,15 @@ def begin(parent: int) -> None:
         sys.stdout.reconfigure(line_buffering=True)  # what a job has printed is not lost with it
     for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal, of systemd: the service drains, and then ends this
         signal.signal(number, _ignore)  # unlike SIG_IGN, programs that the job starts do not inherit it
+
+
+def keep_imports() -> None:
+    """Enables the garbage collector, which leaves out what has been imported: that stays until the end.
+
+    Looking for garbage among it takes a fifth of the time of the imports.
+    """
+    gc.freeze()
+    gc.enable()
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

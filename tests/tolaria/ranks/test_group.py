@@ -65,6 +65,13 @@ CASES: Final[dict[str, dict[str, Any]]] = {
 }
 
 
+WORLDS: Final = [
+    pytest.param((2, "ddp"), id="2 ddp"),
+    pytest.param((2, "fsdp"), id="2 fsdp"),
+    pytest.param((3, "fsdp"), id="3 fsdp", marks=pytest.mark.slow),
+]
+
+
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
     """The results of one rank by case."""
@@ -72,7 +79,7 @@ def alone() -> dict[str, Any]:
     return {name: results[0] for name, results in zip(CASES, found, strict=True)}
 
 
-@pytest.fixture(scope="module", params=[(2, "ddp"), (3, "fsdp")], ids=str)
+@pytest.fixture(scope="module", params=WORLDS)
 def together(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The results of several ranks by case, each with the whole model or with parts of its parameters."""
     world, parallel = request.param

@@ -188,9 +188,9 @@ def test_many_deaths_at_random_times_change_nothing(
 ) -> None:
     """Whatever the lane does then: the run ends bit-equal to an undisturbed one, and the service answered all along.
 
-    Nothing accumulates in the service: descriptors, threads, shared memory. With --long there are 100 deaths.
+    Nothing accumulates in the service: descriptors, threads, shared memory. With --long there are 100 deaths, in CI 10.
     """
-    deaths = 100 if request.config.getoption("--long") else 4
+    deaths = next((n for option, n in (("--long", 100), ("--slow", 10)) if request.config.getoption(option)), 4)
     rng = random.Random(11)
     slow = ["training.options.step_s=0.004", "rollback.every_steps=7", "checkpoint.every_steps=45"]
     length = f"training.epochs={max(12, deaths)}"  # so long that the run does not end before the last death

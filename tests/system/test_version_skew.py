@@ -31,6 +31,7 @@ RELEASE_VERSION, RELEASE_SCHEMA = "0.1.0", 2
 SETTINGS = (
     *("training.options.width=8", "training.device=cpu", "training.epochs=1000000", "rollback.automatic=false"),
     *("training.deterministic=true", "rollback.full_budget_s=60"),  # boundaries wait for the peers under load too
+    "checkpoint.keep_last=1000",  # the one that a client has asked for, however many epochs end before it looks
 )
 
 # A client of the other version: runs commands one after the other, and prints exit codes and output as JSON.

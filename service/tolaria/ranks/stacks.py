@@ -1,7 +1,10 @@
 """The Python stacks of the lane's processes: each dumps its own into memory, from where its machine reads them.
 
-A dump is made by a handler in C, so that it needs no GIL, and it leaves nothing on the disk of the machine. All texts
-are bounded.
+A thread makes the dump, which holds the GIL meanwhile, so that no other thread changes its stack. A process that holds
+its GIL does not answer like that: a handler in C makes the dump then, without the GIL. Where threads run, it would now
+and then read a stack that changes, and end the process by SIGSEGV.
+
+A dump leaves nothing on the disk of the machine. All texts are bounded.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import faulthandler
 import fcntl
 import os
 import re
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -23,21 +27,36 @@ CHARACTERS_MAX: Final = 12_000
 """Characters of one process's stacks: about 150 frames."""
 
 _MEMORY: Final = "tolaria-stacks"
-_ANSWER_S: Final = 1.0
+_ANSWER_S: Final = 1.5
+_THREAD_ANSWERS_S: Final = 0.5
 _QUIET_S: Final = 0.05
 _POLL_S: Final = 0.01
 _PLACES_MAX: Final = 8
 _RANKS_SHOWN: Final = 6
 _CURRENT: Final = "Current thread"
 _THREADS: Final = re.compile(r"^(?=Thread |Current thread )", re.MULTILINE)
+_THREAD: Final = re.compile(r"(?:Thread|Current thread) (0x[0-9a-f]+)")
 _FRAME: Final = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+|\?\?\?) in (?P<name>.*)$', re.MULTILINE)
 
 
 def dump_on_request() -> None:
-    """Has `STACKS_SIGNAL` dump the stacks of all threads of this process into memory that `stacks_of` reads."""
-    descriptor = os.memfd_create(_MEMORY, os.MFD_CLOEXEC)
+    """Has the stacks of all threads of this process dumped when `stacks_of` asks for them, into memory that it reads.
+
+    The name of the memory has the number of the descriptor to write a request to; `STACKS_SIGNAL` is another request.
+    """
+    requests, asking = os.pipe()
+    descriptor = os.memfd_create(f"{_MEMORY}-{asking}", os.MFD_CLOEXEC)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)  # a reader empties it
     faulthandler.register(STACKS_SIGNAL, descriptor, all_threads=True, chain=False)
+    answering = threading.Thread(
+        target=_answer_requests, args=(requests, descriptor), name="tolaria-stacks", daemon=True
+    )
+    answering.start()
+
+
+def _answer_requests(requests: int, descriptor: int) -> None:
+    while os.read(requests, 1):
+        faulthandler.dump_traceback(descriptor, all_threads=True)
 
 
 def stacks_of(pids: Mapping[int, int]) -> dict[int, str]:
@@ -51,8 +70,11 @@ def stacks_of(pids: Mapping[int, int]) -> dict[int, str]:
             open_memory[rank] = _request(pid)
         except OSError as error:
             found[rank] = f"no stacks of process {pid}: {error.strerror or error}"
-    sizes, until_s = dict.fromkeys(open_memory, 0), time.monotonic() + _ANSWER_S
-    while open_memory and time.monotonic() < until_s:
+    sizes, began_s, has_signalled = dict.fromkeys(open_memory, 0), time.monotonic(), False
+    while open_memory and (waited_s := time.monotonic() - began_s) < _ANSWER_S:
+        if waited_s > _THREAD_ANSWERS_S and not has_signalled:
+            _signal([pids[rank] for rank, size in sizes.items() if not size])
+            has_signalled = True
         time.sleep(_QUIET_S if all(sizes.values()) else _POLL_S)
         now = {rank: os.fstat(descriptor).st_size for rank, descriptor in open_memory.items()}
         if now == sizes and all(now.values()):
@@ -81,14 +103,25 @@ def _request(pid: int) -> int:
     folder = Path(f"/proc/{pid}/fd")
     for path in folder.iterdir():
         with suppress(FileNotFoundError):  # a descriptor that has been closed meanwhile
-            if path.readlink().name.startswith(f"memfd:{_MEMORY}"):
+            if (memory := path.readlink().name.partition(" ")[0]).startswith(f"memfd:{_MEMORY}-"):
                 if (state := state_of(pid)) in {"T", "t"}:
                     raise OSError(f"it is stopped (state {state})")
                 descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
                 os.ftruncate(descriptor, 0)
-                os.kill(pid, STACKS_SIGNAL)
+                asking = os.open(folder / memory.rpartition("-")[2], os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    os.write(asking, b"?")
+                finally:
+                    os.close(asking)
                 return descriptor
     raise OSError("it has no memory for them")
+
+
+def _signal(pids: Iterable[int]) -> None:
+    """Has processes whose thread does not answer dump their stacks without their GIL."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, STACKS_SIGNAL)
 
 
 def _catches(pid: int) -> bool:
@@ -106,9 +139,14 @@ def _taken(descriptor: int) -> str:
         os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)
-    threads = _THREADS.split(content.decode("ascii", errors="replace"))
-    threads.sort(key=lambda thread: not thread.startswith(_CURRENT))  # the handler lists the newest thread first
-    text = "\n".join(thread.strip() for thread in threads if thread.strip())
+    dump = dict[str, str]()  # the first one, if both the thread and the handler have made one
+    for text in _THREADS.split(content.decode("ascii", errors="replace")):
+        if (thread := _THREAD.match(text)) is not None:
+            dump.setdefault(thread[1], text.strip())
+    threads = [text for text in dump.values() if f" in {_answer_requests.__name__}" not in text]
+    # The main thread is the one that handled the signal; without one it is the oldest, which is listed last.
+    main = next((text for text in threads if text.startswith(_CURRENT)), threads[-1] if threads else "")
+    text = "\n".join(sorted(threads, key=lambda text: text is not main))
     return text if len(text) <= CHARACTERS_MAX else f"{text[:CHARACTERS_MAX]}\n..."
 
 

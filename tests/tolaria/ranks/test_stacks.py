@@ -15,7 +15,7 @@ from support.waiting import wait_for
 from tolaria.ranks.stacks import CHARACTERS_MAX, stacks_of, summary
 
 BUSY = """
-import ctypes, sys, threading, time
+import ctypes, sys, threading, time, zlib
 from tolaria.ranks.stacks import dump_on_request
 dump_on_request()
 
@@ -31,6 +31,19 @@ def waits(depth):
     time.sleep(3600)
 
 threading.Thread(target=lambda: time.sleep(3600), name="other", daemon=True).start()
+"""
+
+RUNS = """
+def works():
+    while True:
+        exec("def new(n): return new(n - 1) if n else [x for x in range(20)]\\nnew(200)", {})
+
+for _ in range(3):
+    threading.Thread(target=works, daemon=True).start()
+memory = bytearray(10_000_000)
+print("begun", flush=True)
+while True:
+    zlib.crc32(memory)  # releases the GIL, as the operations of PyTorch do
 """
 
 BARE = """
@@ -64,6 +77,16 @@ def test_a_process_that_holds_its_gil_gives_its_stacks() -> None:
             assert "in <lambda>" in found[0]
             assert len(found[1]) <= CHARACTERS_MAX + 4
         assert summary(found) == "rank 0: holds_the_gil (<string>:9); rank 1: waits (<string>:15)"
+
+
+def test_a_process_whose_threads_run_survives_that_its_stacks_are_looked_at() -> None:
+    """However often: a halted run is looked at, too. A handler without the GIL would read stacks while they change."""
+    with process(BUSY + RUNS) as busy:
+        for _ in range(60):
+            found = stacks_of({0: busy.pid})
+            assert is_alive(busy.pid)
+            assert summary(found).startswith("<module> (<string>:")
+            assert "_answer_requests" not in found[0]
 
 
 def test_a_process_that_cannot_answer_is_said_to_be_so_and_lives() -> None:

@@ -408,9 +408,14 @@ def test_a_changed_tensor_is_found_by_verification(name: str) -> None:
         open_image(segment, {}).image.verify()
 
 
+def lists_and_objects(children: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
+    """What JSON nests."""
+    return st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3)
+
+
 JSON_VALUES = st.recursive(
     st.text(max_size=20) | st.text('"\\\n\x7f', max_size=20) | st.integers() | st.booleans(),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
+    lists_and_objects,
     max_leaves=10,
 )
 NAMES = st.text(max_size=20) | st.text('"\\\x00\x7f\u20ac\U0001f600', max_size=20)

@@ -1,13 +1,14 @@
 """Backups of a state directory, also of one that a service is using: a consistent copy of journal and checkpoints.
 
 No lock is needed. The journal is copied within one read transaction. The files of the checkpoints that this copy names
-are then opened: as long as they are open they can be read, even if retention removes them. If one has been removed
-before it was opened, a newer copy of the journal does not name it.
+are opened as it begins: as long as they are open they can be read, even if retention removes them. If one has been
+removed before it was opened, a newer copy of the journal does not name it.
 """
 
 from __future__ import annotations
 
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -138,21 +139,45 @@ def _pinned(directory: Path, scratch: Path, purpose: Purpose) -> Iterator[_Pins]
 
 
 def _pins(directory: Path, scratch: Path, purpose: Purpose) -> _Pins:
-    copy_journal(directory / JOURNAL, scratch)
-    rows = [row for row in read_journal(scratch, CheckpointRow) if row.state in {"committed", "superseded"}]
-    pins = _Pins(schema_of(scratch), [] if purpose != "backup" else rows)
-    pins.descriptors[JOURNAL] = os.open(scratch, os.O_RDONLY | os.O_CLOEXEC)
-    scratch.unlink()
-    for row in pins.rows:
-        try:
-            for name in FILES:
-                pins.open(directory, f"{CHECKPOINTS}/{row.checkpoint_id}/{name}")
-        except OSError as error:
-            pins.missing[row.checkpoint_id] = str(error.strerror or error)
+    early = _Pins(0, [])
+    try:
+        copy_journal(
+            directory / JOURNAL,
+            scratch,
+            on_state=None if purpose != "backup" else lambda connection: _open_early(directory, connection, early),
+        )
+        rows = [row for row in read_journal(scratch, CheckpointRow) if row.state in {"committed", "superseded"}]
+        pins = _Pins(schema_of(scratch), [] if purpose != "backup" else rows)
+        pins.descriptors[JOURNAL] = os.open(scratch, os.O_RDONLY | os.O_CLOEXEC)
+        scratch.unlink()
+        for row in pins.rows:
+            paths = [f"{CHECKPOINTS}/{row.checkpoint_id}/{name}" for name in FILES]
+            pins.descriptors |= {path: early.descriptors.pop(path) for path in paths if path in early.descriptors}
+            try:
+                for path in paths:
+                    if path not in pins.descriptors:
+                        pins.open(directory, path)
+            except OSError as error:
+                pins.missing[row.checkpoint_id] = str(error.strerror or error)
+    finally:
+        early.close()
     for path in _other_files(directory):
         with suppress(FileNotFoundError):  # the peers remove the files of old runs
             pins.open(directory, path)
     return pins
+
+
+def _open_early(directory: Path, connection: sqlite3.Connection, pins: _Pins) -> None:
+    """Opens the files of the checkpoints that can be restored before the journal is copied.
+
+    A copy takes longer than some checkpoints last. What cannot be opened, or read, is looked at again afterwards.
+    """
+    with suppress(sqlite3.Error):
+        query = "SELECT checkpoint_id FROM checkpoints WHERE state IN ('committed', 'superseded')"
+        for (checkpoint_id,) in connection.execute(query).fetchall():
+            with suppress(OSError, ValueError):
+                for name in FILES:
+                    pins.open(directory, f"{CHECKPOINTS}/{checkpoint_id}/{name}")
 
 
 def _other_files(directory: Path) -> Sequence[str]:

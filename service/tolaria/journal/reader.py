@@ -52,10 +52,11 @@ def read_journal(path: Path, kind: type[AnyRow]) -> tuple[AnyRow, ...]:
     return _read(path, rows)
 
 
-def copy_journal(path: Path, target: Path) -> None:
+def copy_journal(path: Path, target: Path, *, on_state: Callable[[sqlite3.Connection], None] | None = None) -> None:
     """Writes a copy of one consistent state of the journal to the new file `target`, by SQLite's backup API.
 
-    A service may write meanwhile. The copy is one file without a log; it is verified, and flushed to the disk.
+    A service may write meanwhile. The copy is one file without a log; it is verified, and flushed to the disk. Before
+    anything is copied, `on_state` is called with a connection that sees the state that will be.
 
     Raises:
         OSError: `target` cannot be written.
@@ -63,6 +64,8 @@ def copy_journal(path: Path, target: Path) -> None:
     """
 
     def copy(connection: sqlite3.Connection) -> None:
+        if on_state is not None:  # the first read chooses the state
+            on_state(connection)
         check_content(connection, path)
         remove_database(target)
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))

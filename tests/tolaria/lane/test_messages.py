@@ -32,10 +32,15 @@ MESSAGES: list[type[Any]] = [*get_args(Command), *get_args(Event), LaneReady, La
 INTS = st.integers(-(2**70), 2**70)
 FLOATS = st.floats(allow_nan=False)
 TEXT = st.text(max_size=20)
+
+
+def nested_tuples(inner: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
+    """Tuples of values."""
+    return st.lists(inner, max_size=3).map(tuple)
+
+
 PLAIN = st.recursive(
-    st.none() | st.booleans() | INTS | FLOATS | TEXT | st.binary(max_size=20),
-    lambda inner: st.lists(inner, max_size=3).map(tuple),
-    max_leaves=6,
+    st.none() | st.booleans() | INTS | FLOATS | TEXT | st.binary(max_size=20), nested_tuples, max_leaves=6
 )
 SEEDS = st.builds(
     SeedState,

@@ -3,7 +3,9 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 from structlog.testing import capture_logs
@@ -85,6 +87,16 @@ def test_nothing_of_opentelemetry_is_imported_unless_it_is_asked_for() -> None:
     assert ended.stdout.strip() == "[]"
 
 
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    """Waits for the threads that the test has left behind: they open sockets, which other tests would count."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(180)
+
+
+@pytest.mark.usefixtures("no_thread_is_left")
 def test_an_unreachable_collector_delays_no_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be sent is lost after a second. The SDK warns with every attempt; one line of it is logged."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
@@ -102,6 +114,7 @@ def test_an_unreachable_collector_delays_no_exit(monkeypatch: pytest.MonkeyPatch
     assert [line["event"] for line in lines].count("traces_not_sent") == 1
 
 
+@pytest.mark.usefixtures("no_thread_is_left")
 def test_traces_that_are_on_need_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The collector's standard address is on this machine."""
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)

@@ -41,7 +41,7 @@ def test_a_rank_that_holds_its_gil_is_found_and_an_operator_can_look_at_all_rank
         assert "rank 0: all_reduce (distributed_c10d.py:" in incidents
         assert "; rank 1: die (mortal_jobs.py:" in incidents
         stacks = (tmp_path / "state" / "stacks.txt").read_text()
-        assert stacks.index("rank 0:\nCurrent thread") < stacks.index("rank 1:\nCurrent thread")
+        assert stacks.index("rank 0:\nMain thread") < stacks.index("rank 1:\nMain thread")
         assert "in die_if_due" in stacks
         wait_for(lambda: status(stub).global_step > 60)
         trace_both(stub, tmp_path / "state" / "traces")
@@ -50,7 +50,7 @@ def test_a_rank_that_holds_its_gil_is_found_and_an_operator_can_look_at_all_rank
         wait_for(lambda: len(named(service, "lane_stacks")) == 2)
         assert named(service, "lane_stacks")[-1]["why"] == "halted: emergency: look"
         later = (tmp_path / "state" / "stacks.txt").read_text()[len(stacks) :]
-        assert later.count("Current thread") == 2
+        assert later.count("Main thread") == 2
         assert later.count("in _serve") == 2
 
 

@@ -146,7 +146,7 @@ def _taken(descriptor: int) -> str:
     threads = [text for text in dump.values() if f" in {_answer_requests.__name__}" not in text]
     # The main thread is the one that handled the signal; without one it is the oldest, which is listed last.
     main = next((text for text in threads if text.startswith(_CURRENT)), threads[-1] if threads else "")
-    text = "\n".join(sorted(threads, key=lambda text: text is not main))
+    text = "\n".join([_THREAD.sub(r"Main thread \1", main), *(text for text in threads if text is not main)])
     return text if len(text) <= CHARACTERS_MAX else f"{text[:CHARACTERS_MAX]}\n..."
 
 

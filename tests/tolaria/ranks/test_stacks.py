@@ -72,7 +72,7 @@ def test_a_process_that_holds_its_gil_gives_its_stacks() -> None:
         for _ in range(2):
             found = stacks_of({1: deep.pid, 0: held.pid})
             assert list(found) == [0, 1]
-            assert found[0].startswith("Current thread")
+            assert found[0].startswith("Main thread")
             assert found[0].count("in holds_the_gil") == 1
             assert "in <lambda>" in found[0]
             assert len(found[1]) <= CHARACTERS_MAX + 4
@@ -103,7 +103,7 @@ def test_a_process_that_cannot_answer_is_said_to_be_so_and_lives() -> None:
 
 def test_a_summary_names_ranks_at_one_place_together() -> None:
     """However many there are, in one line."""
-    same = 'Current thread 0x1 (most recent call first):\n  File "/a/b.py", line 3 in step\n'
+    same = 'Main thread 0x1 (most recent call first):\n  File "/a/b.py", line 3 in step\n'
     found = dict.fromkeys(range(100), same) | {7: "no stacks of process 7: it is stopped (state T)"}
     assert summary(found) == (
         "ranks 0, 1, 2, 3, 4, 5 and 93 more: step (b.py:3); rank 7: no stacks of process 7: it is stopped (state T)"

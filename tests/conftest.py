@@ -53,7 +53,10 @@ _LONGEST_FIRST: Final = (
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Puts the files that take longest first: one that begins last would have a core alone. Skips what is marked."""
+    """Puts the files that take longest first: one that begins last would have a core alone.
+
+    Skips what is marked `long` or `slow`, unless its option is given.
+    """
 
     def place(item: pytest.Item) -> int:
         names = (item.path.stem, *reversed(item.path.parts))

@@ -69,8 +69,8 @@ class Serve:
     def events(self) -> list[dict[str, Any]]:
         """The events that it has logged so far."""
         unread = self.lines[self._parsed :]
-        self._parsed += len(unread)
         self._events += [json.loads(line) for line in unread if line.startswith("{")]
+        self._parsed += len(unread)
         return list(self._events)
 
     def terminate(self) -> None:
@@ -152,15 +152,14 @@ def status(stub: TolariaAdminServiceStub) -> admin.GetStatusResponse:
 
 def wait_for_steps(stub: TolariaAdminServiceStub, more_than: int = 0) -> admin.GetStatusResponse:
     """Waits for a status with more global steps than `more_than`."""
-    answer = status(stub)
+    seen = list[admin.GetStatusResponse]()
 
     def has_stepped() -> bool:
-        nonlocal answer
-        answer = status(stub)
-        return answer.global_step > more_than
+        seen[:] = [status(stub)]
+        return seen[0].global_step > more_than
 
     wait_for(has_stepped)
-    return answer
+    return seen[0]
 
 
 def cpu_s(pid: int) -> float:

@@ -190,7 +190,8 @@ def test_many_deaths_at_random_times_change_nothing(
 
     Nothing accumulates in the service: descriptors, threads, shared memory. With --long there are 100 deaths, in CI 10.
     """
-    deaths = next((n for option, n in (("--long", 100), ("--slow", 10)) if request.config.getoption(option)), 4)
+    option = request.config.getoption
+    deaths = 100 if option("--long") else 10 if option("--slow") else 4
     rng = random.Random(11)
     slow = ["training.options.step_s=0.004", "rollback.every_steps=7", "checkpoint.every_steps=45"]
     length = f"training.epochs={max(12, deaths)}"  # so long that the run does not end before the last death

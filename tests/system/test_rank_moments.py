@@ -43,8 +43,11 @@ MATRIX: Final = [
     for moment, rank, way in product(MOMENTS, (0, 1), WAYS)
     if (moment, way) not in SLOW and not (rank and moment in LEADERS)
 ]
+ALWAYS: Final = [("build", 1, "segv"), ("worker", 1, "kill"), ("checkpoint", 0, "exit"), ("rollback", 1, "kill")]
+"""A kind of moment each that `test_rank_deaths.py` has not; the other cells are drawn."""
+
 LONG, IN_CI = 200, 10
-"""How many cells are drawn."""
+"""How many cells there are in all."""
 
 
 @pytest.fixture
@@ -66,7 +69,8 @@ def test_no_death_at_any_moment_costs_more_than_time(
 ) -> None:
     """The service answers all along, and the run ends bit-equal to one without a death; no process is left."""
     rng = random.Random(11)
-    cells = [rng.choice(MATRIX) for _ in range(LONG if request.config.getoption("--long") else IN_CI)]
+    count = LONG if request.config.getoption("--long") else IN_CI
+    cells = [*ALWAYS, *(rng.choice(MATRIX) for _ in range(count - len(ALWAYS)))]
     epochs = f"training.epochs={10 + 5 * len(cells)}"
     arguments = [*RUN, *LIMITS, *peers, epochs, "service.exit_when_done=true"]
     with serve(*arguments, "training.options.step_s=0.03", cwd=tmp_path) as service, stub_of(service) as stub:

@@ -170,8 +170,10 @@ def _pins(directory: Path, scratch: Path, purpose: Purpose) -> _Pins:
 def _open_early(directory: Path, connection: sqlite3.Connection, pins: _Pins) -> None:
     """Opens the files of the checkpoints that can be restored before the journal is copied.
 
-    A copy takes longer than some checkpoints last. What cannot be opened, or read, is looked at again afterwards.
+    A copy takes longer than some checkpoints last. What cannot be opened, or read, is looked at again afterwards. A
+    copy that is begun again begins here again.
     """
+    pins.close()
     with suppress(sqlite3.Error):
         query = "SELECT checkpoint_id FROM checkpoints WHERE state IN ('committed', 'superseded')"
         for (checkpoint_id,) in connection.execute(query).fetchall():

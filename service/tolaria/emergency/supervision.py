@@ -149,8 +149,9 @@ async def watch_board(board: SignalBoard, controller: EmergencyController, *, in
 def stacks_on_request(settings: Settings) -> Iterator[None]:
     """While the block runs, SIGUSR1 appends the stacks of all threads to a file in state.dir. For the main thread.
 
-    A handler in C writes the dump without the GIL, so it shows the thread that holds the GIL. Raises
-    `ConfigurationError` when that file cannot be opened.
+    A handler in C writes the dump without the GIL, so it shows the thread that holds the GIL. Where
+    other threads run, it may read a stack that changes, which can end the process. Raises `ConfigurationError` when
+    that file cannot be opened.
     """
     path = _stacks(settings)
     try:

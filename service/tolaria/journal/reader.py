@@ -56,7 +56,8 @@ def copy_journal(path: Path, target: Path, *, on_state: Callable[[sqlite3.Connec
     """Writes a copy of one consistent state of the journal to the new file `target`, by SQLite's backup API.
 
     A service may write meanwhile. The copy is one file without a log; it is verified, and flushed to the disk. Before
-    anything is copied, `on_state` is called with a connection that sees the state that will be.
+    anything is copied, `on_state` is called with a connection that sees the state that will be; once more if the copy
+    has to begin again, as when a service starts meanwhile.
 
     Raises:
         OSError: `target` cannot be written.

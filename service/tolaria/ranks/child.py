@@ -72,7 +72,7 @@ def begin(parent: int) -> None:
 def keep_imports() -> None:
     """Enables the garbage collector, which leaves out what has been imported: that stays until the end.
 
-    Looking for garbage among it takes a fifth of the time of the imports.
+    Looking for garbage among it takes about a fifth of the time of the imports.
     """
     gc.freeze()
     gc.enable()

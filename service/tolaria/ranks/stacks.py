@@ -62,7 +62,7 @@ def _answer_requests(requests: int, descriptor: int) -> None:
 def stacks_of(pids: Mapping[int, int]) -> dict[int, str]:
     """Returns the stacks of processes, by rank as `pids` are; that of the main thread is first.
 
-    In place of the stacks of a process that gives none, the text says why. Blocks for up to a second.
+    In place of the stacks of a process that gives none, the text says why. Blocks for up to 1.5 seconds.
     """
     found, open_memory = dict[int, str](), dict[int, int]()
     for rank, pid in pids.items():
@@ -107,21 +107,31 @@ def _request(pid: int) -> int:
                 if (state := state_of(pid)) in {"T", "t"}:
                     raise OSError(f"it is stopped (state {state})")
                 descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-                os.ftruncate(descriptor, 0)
-                asking = os.open(folder / memory.rpartition("-")[2], os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                 try:
-                    os.write(asking, b"?")
-                finally:
-                    os.close(asking)
+                    os.ftruncate(descriptor, 0)
+                    _ask(folder / memory.rpartition("-")[2])
+                except OSError:
+                    os.close(descriptor)
+                    raise
                 return descriptor
     raise OSError("it has no memory for them")
+
+
+def _ask(pipe: Path) -> None:
+    """Asks the thread that reads a pipe. Raises OSError."""
+    descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, b"?")
+    finally:
+        os.close(descriptor)
 
 
 def _signal(pids: Iterable[int]) -> None:
     """Has processes whose thread does not answer dump their stacks without their GIL."""
     for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, STACKS_SIGNAL)
+        with suppress(OSError):  # it has ended
+            if _catches(pid):  # else another process has its id by now, and the signal would end that one
+                os.kill(pid, STACKS_SIGNAL)
 
 
 def _catches(pid: int) -> bool:

@@ -21,6 +21,7 @@ from tolaria.checkpoint.storage import open_storage
 from tolaria.checkpoint.store import Retention
 from tolaria.errors import BackupDamagedError, BackupError, StateRefusedError
 from tolaria.images import canonical_json
+from tolaria.journal.reader import copy_journal
 from tolaria.values.training import Position
 
 IDS = ("000000001801-96a23908", "000000001845-dfe49046", "000000001890-90c43982")
@@ -103,6 +104,21 @@ def test_backups_of_a_directory_in_use_are_whole(tmp_path: Path, request: pytest
             writer.join()
     assert newest == sorted(newest)
     assert len(set(newest)) > 2  # it was written meanwhile
+
+
+def test_a_copy_that_begins_again_leaves_nothing_open(
+    old_state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a service starts while the journal is copied: the checkpoints are opened once more."""
+
+    def twice(path: Path, target: Path, *, on_state: Any) -> None:
+        for _ in range(2):
+            copy_journal(path, target, on_state=on_state)
+
+    monkeypatch.setattr(backup, "copy_journal", twice)
+    assert make_backup(old_state, tmp_path / "copy").checkpoints == IDS
+    opened = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert [path for path in opened if path.is_relative_to(old_state)] == []
 
 
 def test_checkpoints_that_are_removed_soon_after_they_are_written_can_be_backed_up(

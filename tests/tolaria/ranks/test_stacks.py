@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from support.processes import is_alive, python_path
 from support.waiting import wait_for
+from tolaria.ranks import stacks
 from tolaria.ranks.stacks import CHARACTERS_MAX, stacks_of, summary
 
 BUSY = """
@@ -98,7 +101,9 @@ def test_a_process_that_cannot_answer_is_said_to_be_so_and_lives() -> None:
         assert "it is stopped" in found[0]
         assert "none of the lane's" in found[1]
         assert "No such file" in found[2]
-        assert is_alive(bare.pid)
+        stacks._signal([bare.pid, 2**22 + 1])  # noqa: SLF001 - as if it had the id of a process that was asked
+        with pytest.raises(subprocess.TimeoutExpired):
+            bare.wait(0.5)
 
 
 def test_a_summary_names_ranks_at_one_place_together() -> None:

@@ -18,6 +18,7 @@ from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import HealthCheck, settings
 from structlog.typing import EventDict
 
+gc.disable()  # until all is collected
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")  # how fast an example is depends on what else the machine does
@@ -35,6 +36,7 @@ def pytest_collection_finish() -> None:
     """Has the garbage collector leave out what has been imported and collected: looking at it takes long."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 _LONGEST_FIRST: Final = (

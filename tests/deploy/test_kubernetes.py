@@ -480,17 +480,20 @@ def story(pod: Pod) -> Iterator[Story]:
         yield seen
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # the first test of the story: it takes four starts of the service
 def test_probes_are_served(story: Story) -> None:
     """The paths of all probes and of the metrics answer 200 while the run trains."""
     assert story.first == {"readiness": 200, "metrics": 200}
 
 
+@pytest.mark.slow
 def test_recovering_lane_is_alive_and_not_ready(story: Story) -> None:
     """While the lane is started again, only readiness fails."""
     assert story.recovering == {"liveness": 0, "readiness": 503, "metrics": 200}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_liveness_probes_find_what_serves(name: str, story: Story, pod: Pod) -> None:
     """The command succeeds for a container that serves, and fails once it has ended."""
@@ -498,12 +501,14 @@ def test_liveness_probes_find_what_serves(name: str, story: Story, pod: Pod) -> 
     assert pod.probe(name) == 1
 
 
+@pytest.mark.slow
 def test_drained_pod_is_no_finished_run(story: Story) -> None:
     """SIGTERM ends it with the code that the Job does not count as success, and the next pod resumes the run."""
     assert story.drained == int(config_map()["TOLARIA_SERVICE__EXIT_CODE_DRAINED"])
     assert "resumed" in story.resumed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_writes_go_to_volumes_of_the_container(name: str, story: Story, pod: Pod) -> None:
     """The root file system is read-only: everything written is on a volume that this container has."""
@@ -513,6 +518,7 @@ def test_writes_go_to_volumes_of_the_container(name: str, story: Story, pod: Pod
     assert [path for path in story.written[name] if not any(path.is_relative_to(v) for v in volumes)] == []
 
 
+@pytest.mark.slow
 def test_volumes_are_written_to(story: Story, pod: Pod) -> None:
     """Tolaria writes its state and the board, and Tamiyo its history."""
     names = {path.relative_to(pod.volume("state")).parts[0] for path in pod.volume("state").rglob("*")}

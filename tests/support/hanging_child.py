@@ -34,6 +34,14 @@ class Footprint:
     tasks: int
     descriptors: int
 
+    def beyond(self, before: Footprint) -> Footprint:
+        """Returns how much more there is than before."""
+        return Footprint(
+            max(0, self.threads - before.threads),
+            max(0, self.tasks - before.tasks),
+            max(0, self.descriptors - before.descriptors),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Handlers:

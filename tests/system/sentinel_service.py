@@ -3,8 +3,8 @@
     python sentinel_service.py FOLDER SILENCE
 
 SILENCE is what the first line of standard input triggers: `gil` (the lane holds the GIL in C, for a minute at most),
-`lane` (the lane hangs while the event loop runs), `evaluate` (it hangs in an evaluation) or `rest` (the lane is idle,
-which is not a fault).
+`lane` (the lane hangs while the event loop runs), `busy` (it hangs beside threads that run), `evaluate` (it hangs in an
+evaluation) or `rest` (the lane is idle, which is not a fault).
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ def hold_the_gil() -> None:
     deque(itertools.repeat(None, ROUNDS_MAX), maxlen=0)
 
 
+def changes_its_stack() -> None:
+    """Calls functions that have just been made, deep into one another, and lets others run between."""
+    while True:
+        exec("def new(n): return new(n - 1) if n else sum(range(20))\nnew(200)", {})  # noqa: S102
+
+
 def lane(heartbeats: Heartbeats, silence: str, go: threading.Event) -> None:
     """The lane's thread: works in small steps until its heartbeat stops."""
     with heartbeats.lane_works():
@@ -40,6 +46,10 @@ def lane(heartbeats: Heartbeats, silence: str, go: threading.Event) -> None:
             heartbeats.lane_beat()
         if silence == "gil":
             hold_the_gil()
+        elif silence == "busy":
+            for _ in range(2):
+                threading.Thread(target=changes_its_stack, daemon=True).start()
+            threading.Event().wait()
         elif silence == "lane":
             threading.Event().wait()
         elif silence == "evaluate":
@@ -68,7 +78,7 @@ async def serve(folder: Path, silence: str) -> None:
     }
     overrides = [f"emergency.{name}={seconds}" for name, seconds in limits.items()]
     settings = load_settings(None, [f"state.dir={folder}", "service.drain_timeout_s=0.1", *overrides])
-    with SignalBoard.create(folder / "board", "run-1") as board, stacks_on_request(settings):
+    with SignalBoard.create(folder / "board", "run-1") as board, stacks_on_request():
         heartbeats = Heartbeats(board.claim("tolaria"), settings.emergency)
         threading.Thread(target=lane, args=(heartbeats, silence, go), daemon=True).start()
         threading.Thread(target=wait_for_line, args=(go,), daemon=True).start()

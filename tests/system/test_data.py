@@ -166,6 +166,7 @@ def resumed_steps(service: Serve) -> list[object]:
     return [line["step"] for line in service.events() if line["event"] == "resumed"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_branch_goes_on_as_the_run_did(undisturbed: Undisturbed, tmp_path: Path) -> None:
     """From an earlier checkpoint to the same digest; its origin is shown; the other directory stays as it is."""

@@ -30,7 +30,13 @@ def test_a_signal_right_after_the_start_drains(more: list[str], code: int, tmp_p
 WORKERS = ["training.job=support.user_jobs:Loader", "training.options.workers=2"]
 
 
-@pytest.mark.parametrize(("end", "job"), [("finished", []), ("drained", WORKERS)], ids=["digits", "workers"])
+@pytest.mark.parametrize(
+    ("end", "job"),
+    [
+        pytest.param("finished", [], id="digits"),
+        pytest.param("drained", WORKERS, id="workers", marks=pytest.mark.slow),
+    ],
+)
 def test_everything_ends_by_itself(end: str, job: list[str], tmp_path: Path) -> None:
     """No peer has to be killed, no process is left, and the service is gone soon after it has logged `stopped`.
 

@@ -178,6 +178,7 @@ def go_on_after_a_restart(service: Serve, operator: Operator) -> None:
     assert service.wait() == 0
 
 
+@pytest.mark.slow
 def test_a_slow_evaluation_is_no_silence(tmp_path: Path) -> None:
     """An evaluation of three heartbeat timeouts is shown as what it is, and training goes on."""
     job = ["training.job=support.user_jobs:SlowEvaluation", "training.options.eval_s=4", "training.epochs=1000"]

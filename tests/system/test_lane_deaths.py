@@ -182,6 +182,7 @@ KILLS: Final[dict[str, Callable[[int], None]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_many_deaths_at_random_times_change_nothing(
     request: pytest.FixtureRequest, peers: list[str], undisturbed: Callable[..., tuple[int, str]], tmp_path: Path
@@ -191,7 +192,7 @@ def test_many_deaths_at_random_times_change_nothing(
     Nothing accumulates in the service: descriptors, threads, shared memory. With --long there are 100 deaths, in CI 10.
     """
     option = request.config.getoption
-    deaths = 100 if option("--long") else 10 if option("--slow") else 4
+    deaths = 100 if option("--long") else 10
     rng = random.Random(11)
     slow = ["training.options.step_s=0.004", "rollback.every_steps=7", "checkpoint.every_steps=45"]
     length = f"training.epochs={max(12, deaths)}"  # so long that the run does not end before the last death

@@ -36,6 +36,7 @@ def test_a_job_that_ends_the_process_while_it_is_built_is_refused(tmp_path: Path
     assert "ended with code 5" in service.lines[-1]
 
 
+@pytest.mark.slow
 def test_a_paused_run_is_paused_after_a_death(tmp_path: Path) -> None:
     """Meanwhile status says so, and requests that need the lane are refused with a reason; resuming goes on."""
     with serve(*ENDLESS, cwd=tmp_path) as service, stub_of(service) as stub:
@@ -134,6 +135,7 @@ def workers_of(lane: int) -> list[int]:
     return [pid for pid in map(int, children) if is_alive(pid)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [pytest.param("stop", marks=pytest.mark.long), "drain"])
 def test_a_run_can_be_ended_while_its_lane_is_being_started_again(how: str, tmp_path: Path) -> None:
     """It is stopped, or drained, and not failed, after a last checkpoint of the state that is restored."""

@@ -75,7 +75,8 @@ def test_starts_with_workers_always_answer(
     tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """While workers are started and read, RPCs are answered; a signal to the whole group drains with a checkpoint."""
-    starts = 20 if request.config.getoption("--long") else 2  # one with persistent workers, one without
+    option = request.config.getoption
+    starts = 20 if option("--long") else 2 if option("--slow") else 1  # with persistent workers every other time
     for number in range(starts):
         directory = tmp_path / str(number)
         directory.mkdir()
@@ -127,6 +128,7 @@ def test_a_killed_service_leaves_nothing_behind(tmp_path: Path) -> None:
     assert "samples 32; this cursor has 36" in grown.lines[-1]
 
 
+@pytest.mark.slow
 def test_a_batch_with_a_sample_that_cannot_be_read_is_left_out(tmp_path: Path) -> None:
     """After two restarts of the lane, whose reasons name the sample in one line; the batch is not read again."""
     with serve(*JOB, "training.options.bad_item=37", cwd=tmp_path) as service, stub_of(service) as stub:

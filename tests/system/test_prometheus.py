@@ -18,6 +18,7 @@ from support.waiting import wait_for
 STEPS = "tolaria_training_step"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_faults_of_a_run_are_alerts_that_clear(tmp_path: Path) -> None:
     """A sound run has none; a halt, a broken disk and a service that is stopped have theirs, until they are mended.

@@ -106,14 +106,15 @@ def test_random_deaths_change_nothing(
     assert last_checkpoint(tmp_path) == last_checkpoint(tmp_path / "calm")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_deaths_cost_nothing_but_time(
     request: pytest.FixtureRequest, peers: list[str], undisturbed: tuple[int, str], tmp_path: Path
 ) -> None:
     """The group starts again, restores on every rank, and the run ends bit-equal to one without a death.
 
-    Of each rank, which one and how is said, and of the agent; without --long of rank 0 and the agent. No process is
-    left, nor a program that the job started.
+    Of each rank, which one and how is said, and of the agent; without --long of rank 0 and the agent. No process
+    is left, nor a program that the job started.
     """
     limits = ["emergency.heartbeat_timeout_s=5", "emergency.phase_timeout_s=8", "training.options.step_s=0.05"]
     arguments = [*GROUP, *FINITE, *peers, *limits, "service.exit_when_done=true", "rollback.every_steps=3"]

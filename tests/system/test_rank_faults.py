@@ -28,6 +28,7 @@ def peers() -> Iterator[list[str]]:
         yield settings
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_rank_that_holds_its_gil_is_found_and_an_operator_can_look_at_all_ranks(
     peers: list[str], tmp_path: Path

@@ -38,7 +38,7 @@ def test_a_recipe_is_short(name: str) -> None:
     assert len((JOBS / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 80
 
 
-SLOW: Final = ("hugging_face", "language_model")
+SLOW: Final = ("hugging_face", "images", "language_model", "poisoned", "tasks")
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,7 @@ class StoppedError(Exception):
     """Ends a loop in the middle, as a kill does."""
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # those of other libraries
 @pytest.mark.parametrize("kind", ["bare", "fabric"])
 @pytest.mark.parametrize("name", RECIPES)

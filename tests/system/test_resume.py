@@ -73,7 +73,7 @@ def test_a_killed_service_resumes_and_ends_in_the_same_state(tmp_path: Path, pee
 
     The reported checkpoint exists, and a request that was answered before the kill gets the same answer again.
     """
-    epochs = 40
+    epochs = 18
     arguments = [
         *JOB,
         *peers,

@@ -88,7 +88,7 @@ def test_sentinel_acts_while_the_gil_is_held(tmp_path: Path, reader: Path) -> No
         assert stacks.index("no heartbeat of the event loop") < stacks.index("in hold_the_gil")
         assert service.logged() == [
             "sentinel_raised_halt",
-            "sentinel_asked_for_stacks",
+            "sentinel_wrote_stacks",
             "sentinel_ends_service",
             "sentinel_ends_service",
         ]
@@ -105,6 +105,15 @@ def test_sentinel_detects_a_hanging_lane_beside_a_healthy_event_loop(tmp_path: P
         assert "event loop" not in signal_seen.reason
         assert service.process.wait(WAIT_S) == 77
         until(lambda: not is_alive(service.sentinel_pid))
+
+
+def test_a_silent_service_whose_threads_run_survives_that_its_stacks_are_looked_at(tmp_path: Path) -> None:
+    """It is ended by SIGTERM, in order: a look without the GIL would read stacks while they change."""
+    with stand_in(tmp_path, "busy") as service:
+        service.fall_silent()
+        assert service.process.wait(WAIT_S) == 77
+        stacks = (tmp_path / "stacks.txt").read_text()
+        assert "in changes_its_stack" in stacks or "in new" in stacks  # the deepest hundred calls are shown
 
 
 def test_sentinel_permits_a_phase_its_own_silence(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def ends_with_digest(directory: Path, *settings: str) -> tuple[int, str]:
     return last_checkpoint(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "ranks"), MODES)
 @pytest.mark.timeout(900)
 def test_a_death_costs_neither_a_step_nor_the_import_of_torch(mode: list[str], ranks: int, tmp_path: Path) -> None:

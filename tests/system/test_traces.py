@@ -16,6 +16,7 @@ SERVER, CLIENT = 2, 3
 CALLER = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
+@pytest.mark.slow
 def test_traces_are_linked_across_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An epoch with its boundary and calls, as the peers see them; an operator's rollback; the death of the lane."""
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")

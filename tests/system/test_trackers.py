@@ -17,7 +17,7 @@ from support.processes import is_alive, serve, status, stub_of
 from support.waiting import wait_for
 from tolaria.trackers.records import surviving_points
 
-STEPS, EPOCHS = 8, 60
+STEPS, EPOCHS = 8, 32
 SETTINGS = [
     "training.job=support.metric_jobs:UnhurriedJob",
     "training.options.optimizer=AdamW",

@@ -62,6 +62,7 @@ def test_a_kill_and_rollbacks_of_both_tiers_change_nothing(tmp_path: Path) -> No
     assert "ema/loss" in json.dumps(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_is_stopped_early_and_resumed_with_more_patience(tmp_path: Path) -> None:
     """It has finished, for a reason that its state and its journal have; the same settings leave it so, and say why."""

@@ -113,6 +113,7 @@ def trained_with_peers(service: Serve) -> None:
         assert status(stub).commands_rejected == 0, status(stub)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # it starts three services and four peers
 def test_the_last_release_and_this_version_work_together(tmp_path: Path, release: Path) -> None:
     """The old service with new peers and client, then the new one with old peers and client, then the old one again.

@@ -1,8 +1,8 @@
 """The sentinel: a process that watches the service's heartbeats on the signal board, even while the GIL is held.
 
-When the event loop or the lane is silent, the sentinel raises HALT from its own block, requests a stack dump of the
-service and, after the grace period, ends the service, so that its supervisor restarts it. Its first line on standard
-output announces that it watches. Exit code 0: the service ended or closed standard input; 3: it cannot watch.
+When the event loop or the lane is silent, the sentinel raises HALT from its own block, writes the stacks of the
+service to a file and, after the grace period, ends the service, so that its supervisor restarts it. Its first line on
+standard output announces that it watches. Exit code 0: the service ended or closed standard input; 3: it cannot watch.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import select
 import selectors
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -28,18 +28,18 @@ from typing import Self
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT
 from tolaria.emergency.protocol import SENTINEL, TOLARIA, Trigger
 from tolaria.errors import SignalError
-from tolaria.filesystem import open_to_append
+from tolaria.ranks.stacks import append_stacks, stacks_of, summary
 from tolaria.signals import ParticipantWriter, SignalBoard
 from tolaria.signals.layout import LanePhase
 
 CANNOT_WATCH = 3
 LOOP, LANE = "the event loop", "the lane"
-DUMP_SIGNAL = signal.SIGUSR1
 _LOOKS_PER_TIMEOUT = 20
 _LOOK_S_MIN, _LOOK_S_MAX = 0.02, 0.5
 _PHASES = {phase.value: phase.name.lower() for phase in LanePhase}
 _LINE_BYTES_MAX = 2000  # far below PIPE_BUF, so that a line is written whole, and at once when the pipe has room
-_CAUGHT = re.compile(r"^SigCgt:\s*([0-9a-f]+)$", re.MULTILINE)
+_STACKS_S = 5.0
+"""How long a disk that hangs may keep the sentinel from what comes next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,15 +171,6 @@ class ServiceProcess:
             else:
                 os.kill(self.pid, number)
 
-    def handles_dump(self) -> bool:
-        """Returns whether the process handles DUMP_SIGNAL, which would otherwise end it. False without /proc."""
-        try:
-            status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii", errors="replace")
-        except OSError:
-            return False
-        caught = _CAUGHT.search(status)
-        return caught is not None and bool(int(caught[1], 16) >> (DUMP_SIGNAL - 1) & 1)
-
     def __enter__(self) -> Self:
         return self
 
@@ -251,21 +242,18 @@ class Sentinel:
         _log("sentinel_raised_halt", reason=reason)
 
     def _dump_stacks(self, silence: str) -> None:
-        if not self._service.handles_dump():
-            _log("sentinel_no_stacks", detail="the service has no handler for them")
-            return
+        writing = threading.Thread(target=self._write_stacks, args=(silence,), daemon=True)
+        writing.start()
+        writing.join(_STACKS_S)
+
+    def _write_stacks(self, silence: str) -> None:
+        found = stacks_of({0: self._service.pid})
         try:
-            append_line(self._stacks, f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {silence}")
-        except OSError as error:  # a full disk: the service may have opened its file already
-            _log("sentinel_cannot_mark_stacks", detail=str(error))
-        self._service.send(DUMP_SIGNAL)
-        _log("sentinel_asked_for_stacks", file=str(self._stacks))
-
-
-def append_line(path: Path, line: str) -> None:
-    """Appends a line that separates one stack dump from the next. Raises OSError."""
-    with os.fdopen(open_to_append(path), "ab", buffering=0) as file:
-        file.write(f"\n{line}\n".encode())
+            append_stacks(self._stacks, silence, {"the service": found[0]})
+        except OSError as error:
+            _log("sentinel_cannot_write_stacks", detail=str(error), where=summary(found))
+        else:
+            _log("sentinel_wrote_stacks", file=str(self._stacks), where=summary(found))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -295,7 +283,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--startup-s", type=float, help="time before silence counts")
     add("--grace-s", type=float, help="time from HALT to SIGTERM")
     add("--drain-s", type=float, help="time from SIGTERM to SIGKILL")
-    add("--stacks", type=Path, help="the file to which the service dumps its stacks")
+    add("--stacks", type=Path, help="the file for the stacks of the service")
     parser.add_argument("--while-stdin", action="store_true", help="end when standard input ends")
     return parser.parse_args(arguments)
 

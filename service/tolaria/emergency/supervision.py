@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,10 +16,9 @@ from anyio.abc import TaskStatus
 
 from tolaria.config import EmergencySettings, Settings
 from tolaria.emergency.controller import EmergencyController
-from tolaria.emergency.sentinel import DUMP_SIGNAL
-from tolaria.errors import BoardLostError, ConfigurationError
-from tolaria.filesystem import open_to_append
+from tolaria.errors import BoardLostError
 from tolaria.processes import ChildCommand, ChildSupervisor, RestartPolicy
+from tolaria.ranks.stacks import STACKS_FILE, dump_on_request
 from tolaria.signals import ParticipantWriter, SignalBoard, remove_stale_boards
 from tolaria.signals.lane_pulse import LanePulse
 
@@ -146,28 +143,18 @@ async def watch_board(board: SignalBoard, controller: EmergencyController, *, in
 
 
 @contextmanager
-def stacks_on_request(settings: Settings) -> Iterator[None]:
-    """While the block runs, SIGUSR1 appends the stacks of all threads to a file in state.dir. For the main thread.
+def stacks_on_request() -> Iterator[None]:
+    """While the block runs, this process dumps its stacks when the sentinel asks for them. For the main thread.
 
-    A handler in C writes the dump without the GIL, so it shows the thread that holds the GIL. Where
-    other threads run, it may read a stack that changes, which can end the process. Raises `ConfigurationError` when
-    that file cannot be opened.
+    Without memory files, which Linux has, it does not.
     """
-    path = _stacks(settings)
+    end = dump_on_request() if hasattr(os, "memfd_create") else None
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = open_to_append(path)
-    except OSError as error:
-        raise ConfigurationError([f"state.dir: {error}"]) from None
-    try:
-        # Unregistering restores this: a late request must not end the process, the default action of SIGUSR1.
-        signal.signal(DUMP_SIGNAL, signal.SIG_IGN)
-        faulthandler.register(DUMP_SIGNAL, fd, all_threads=True, chain=False)
         yield
     finally:
-        faulthandler.unregister(DUMP_SIGNAL)
-        os.close(fd)
+        if end is not None:
+            end()
 
 
 def _stacks(settings: Settings) -> Path:
-    return Path(settings.state.dir) / "stacks.txt"
+    return Path(settings.state.dir) / STACKS_FILE

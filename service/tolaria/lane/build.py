@@ -50,6 +50,7 @@ from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.train_module import TrainModule
 from tolaria.ranks.group import Group
 from tolaria.ranks.share import Share, SharingJob
+from tolaria.ranks.stacks import STACKS_FILE
 from tolaria.state.shared_memory import SharedMemory
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.training import RankInfo
@@ -176,6 +177,7 @@ class BuiltLane:
             heartbeat=heartbeat,
             threads=self.settings.training.threads or self._threads,
             gate=gate,
+            stacks=Path(self.settings.state.dir) / STACKS_FILE,
         )
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import os
 import resource
-import signal
 import threading
 import time
 import traceback
@@ -13,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Final, Protocol
 from zlib import crc32
 
@@ -33,14 +32,13 @@ from tolaria.lane.messages import (
     StepDone,
     Stop,
 )
-from tolaria.lane.profiling import LaneProfiler, Region
+from tolaria.lane.profiling import LaneProfiler, Region, dump_own_stacks
 from tolaria.lane.rank_failures import failed_seeds, report
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.step import StepAbandonedError, train_step
 from tolaria.lane.train_module import TrainModule
 from tolaria.lane.weight_averages import PART as AVERAGES
 from tolaria.ranks.group import Group, lost_peer
-from tolaria.signals.lane_page import STACKS_SIGNAL
 from tolaria.signals.layout import LanePhase
 from tolaria.state.encoding import restore_rngs
 from tolaria.values.evaluation import Evaluation
@@ -124,7 +122,8 @@ class EventBuffer:
 class ThreadLane:
     """Trains a module in a thread, which alone uses the module from `start` on.
 
-    Methods are called by the client, from another thread, and return at once. `threads` is as in `limit_threads`.
+    Methods are called by the client, from another thread, and return at once. `threads` is as in `limit_threads`;
+    `stacks` is the file for the stacks of this process.
     """
 
     def __init__(
@@ -136,8 +135,10 @@ class ThreadLane:
         heartbeat: LaneHeartbeat,
         threads: int,
         gate: PageGate | None = None,
+        stacks: Path | None = None,
     ) -> None:
         group = module.group
+        self._stacks = stacks
         self._module = module
         self._snapshots = snapshots
         self._profiler = profiler
@@ -186,10 +187,10 @@ class ThreadLane:
         """Returns the events since the last call, oldest first."""
         return self._events.take()
 
-    def dump_stacks(self, why: str) -> None:  # noqa: ARG002 - the log says why
-        """Has the stacks of this process written to a file in state.dir, as the service does on request."""
-        if signal.getsignal(STACKS_SIGNAL) != signal.SIG_DFL:  # which would end it
-            os.kill(os.getpid(), STACKS_SIGNAL)
+    def dump_stacks(self, why: str) -> None:
+        """Has the stacks of this process written to a file in state.dir, soon."""
+        if self._stacks is not None:
+            threading.Thread(target=dump_own_stacks, args=(self._stacks, why), daemon=True).start()
 
     def forbid_restore(self, command_id: int) -> bool:
         """Forbids that restore to change live state; False when the change has already begun."""

@@ -1,12 +1,13 @@
 """Profiles a bounded number of steps with torch.profiler and writes Chrome traces (chrome://tracing, Perfetto).
 
-Used in the lane's thread only, since torch profiles the thread that started the profiler. A failed profile is a
-result, not an exception: training goes on.
+Used in the lane's thread only, but for `dump_own_stacks`, since torch profiles the thread that started the profiler. A
+failed profile is a result, not an exception: training goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,12 +16,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
+import structlog
 import torch
 from torch._C._autograd import _profiler_enabled
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from tolaria.errors import InvalidFieldError, WrongStateError
 from tolaria.lane.messages import PROFILE_STEPS_MAX, ProfileDone, ProfileStarted, TraceFailed, TraceWritten
+from tolaria.ranks.stacks import append_stacks, stacks_of, summary
 
 Region = Literal["input", "forward", "backward", "merge", "optimizer", "boundary", "rollback"]
 """A part of a step that is named in traces; `input` is not, the lane shows it as its phase."""
@@ -32,6 +35,8 @@ _PREFIX: Final = "trace-"
 _PARTIAL: Final = ".partial"
 _TAIL_BYTES: Final = 16
 _UNMARKED: Final = contextlib.nullcontext()
+
+_log = structlog.get_logger(__name__)
 
 
 def unmarked(_name: Region) -> AbstractContextManager[object]:
@@ -182,3 +187,14 @@ class LaneProfiler:
                 path.unlink(missing_ok=True)
                 removed += 1
         return removed
+
+
+def dump_own_stacks(path: Path, why: str) -> None:
+    """Appends the stacks of this process, which gives them on request, to a file. Blocks for up to 1.5 seconds."""
+    found = stacks_of({0: os.getpid()})
+    try:
+        append_stacks(path, f"the service: {why}", {"the service": found[0]})
+    except OSError as error:
+        _log.warning("stacks_not_written", file=str(path), detail=str(error))
+    else:
+        _log.error("lane_stacks", why=why, where=f"{summary(found)} (stacks in {path})")

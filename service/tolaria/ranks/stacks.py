@@ -1,10 +1,11 @@
-"""The Python stacks of the lane's processes: each dumps its own into memory, from where its machine reads them.
+"""The Python stacks of the service and of the lane: each process dumps its own into memory, for others to read.
 
 A thread makes the dump, which holds the GIL meanwhile, so that no other thread changes its stack. A process that holds
 its GIL does not answer like that: a handler in C makes the dump then, without the GIL. Where threads run, it would now
 and then read a stack that changes, and end the process by SIGSEGV.
 
-A dump leaves nothing on the disk of the machine. All texts are bounded.
+A dump leaves nothing on the disk of the machine, unless `append_stacks` writes it to `STACKS_FILE`, in the state
+directory of the service. All texts are bounded.
 """
 
 from __future__ import annotations
@@ -13,20 +14,30 @@ import faulthandler
 import fcntl
 import os
 import re
+import signal
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from tolaria.filesystem import open_to_append
 from tolaria.ranks.local_ranks import state_of
-from tolaria.signals.lane_page import STACKS_SIGNAL
 
 CHARACTERS_MAX: Final = 12_000
 """Characters of one process's stacks: about 150 frames."""
 
+STACKS_FILE: Final = "stacks.txt"
+
+STACKS_SIGNAL: Final = signal.SIGUSR1
+"""Has a process dump the stacks of its threads without its GIL."""
+
+_DUMP_CHARACTERS: Final = 2**20
+_STACKS_CHARACTERS_MIN: Final = 400
+_FILE_BYTES_MAX: Final = 4 * 2**20
 _MEMORY: Final = "tolaria-stacks"
+_REQUEST, _END = b"?", b"."
 _ANSWER_S: Final = 1.5
 _THREAD_ANSWERS_S: Final = 0.5
 _QUIET_S: Final = 0.05
@@ -39,23 +50,35 @@ _THREAD: Final = re.compile(r"(?:Thread|Current thread) (0x[0-9a-f]+)")
 _FRAME: Final = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+|\?\?\?) in (?P<name>.*)$', re.MULTILINE)
 
 
-def dump_on_request() -> None:
+def dump_on_request() -> Callable[[], None]:
     """Has the stacks of all threads of this process dumped when `stacks_of` asks for them, into memory that it reads.
 
     The name of the memory has the number of the descriptor to write a request to; `STACKS_SIGNAL` is another request.
+    Returns a function that ends this. Both are for the main thread.
     """
     requests, asking = os.pipe()
     descriptor = os.memfd_create(f"{_MEMORY}-{asking}", os.MFD_CLOEXEC)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)  # a reader empties it
+    # Unregistering restores this: a late request must not end the process, the default action of the signal.
+    signal.signal(STACKS_SIGNAL, signal.SIG_IGN)
     faulthandler.register(STACKS_SIGNAL, descriptor, all_threads=True, chain=False)
     answering = threading.Thread(
         target=_answer_requests, args=(requests, descriptor), name="tolaria-stacks", daemon=True
     )
     answering.start()
 
+    def end() -> None:
+        faulthandler.unregister(STACKS_SIGNAL)
+        os.write(asking, _END)
+        answering.join()
+        for each in (asking, requests, descriptor):
+            os.close(each)
+
+    return end
+
 
 def _answer_requests(requests: int, descriptor: int) -> None:
-    while os.read(requests, 1):
+    while os.read(requests, 1) == _REQUEST:
         faulthandler.dump_traceback(descriptor, all_threads=True)
 
 
@@ -96,10 +119,26 @@ def summary(stacks: Mapping[int, str]) -> str:
     return "; ".join([*said[:_PLACES_MAX], *(["..."] if len(said) > _PLACES_MAX else [])])
 
 
+def append_stacks(path: Path, why: str, stacks: Mapping[str, str]) -> None:
+    """Appends stacks, by what they are of, to a file of which the newest part is kept. Raises OSError; blocks."""
+    most = max(_STACKS_CHARACTERS_MIN, min(CHARACTERS_MAX, _DUMP_CHARACTERS // max(1, len(stacks))))
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    text = "".join(f"{name}:\n{each[:most]}\n" for name, each in stacks.items())
+    descriptor = open_to_append(path)
+    try:
+        if os.fstat(descriptor).st_size > _FILE_BYTES_MAX:  # others append to it too, so that it is no other file
+            kept = path.read_bytes()[-_FILE_BYTES_MAX // 2 :]
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, kept)
+        os.write(descriptor, f"{moment} {why}\n{text}\n".encode(errors="replace"))
+    finally:
+        os.close(descriptor)
+
+
 def _request(pid: int) -> int:
     """Has a process dump its stacks; returns a descriptor of the memory with them. Raises OSError if it cannot."""
     if not _catches(pid):  # the signal would end it
-        raise OSError("it has just begun, or is none of the lane's")
+        raise OSError("it has just begun, or is none of this service's")
     folder = Path(f"/proc/{pid}/fd")
     for path in folder.iterdir():
         with suppress(FileNotFoundError):  # a descriptor that has been closed meanwhile
@@ -121,7 +160,7 @@ def _ask(pipe: Path) -> None:
     """Asks the thread that reads a pipe. Raises OSError."""
     descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        os.write(descriptor, b"?")
+        os.write(descriptor, _REQUEST)
     finally:
         os.close(descriptor)
 

@@ -156,7 +156,7 @@ def _foundation(
     run_id, storage = point.state.run_id, point.state.storage
     with (
         SignalBoard.create(settings.signals.board(run_id), run_id) as board,
-        stacks_on_request(settings),
+        stacks_on_request(),
         CheckpointWriter(storage.checkpoints) as writer,
     ):
         yield Foundation(

@@ -17,9 +17,6 @@ from tolaria.signals.lane_pulse import LanePulse, described
 from tolaria.signals.layout import LanePhase, LaneWork
 from tolaria.signals.mapping import locked_fence
 
-STACKS_SIGNAL: Final = signal.SIGUSR1
-"""Has a process of the lane dump the stacks of its threads."""
-
 SILENT_SIGNAL: Final = signal.SIGURG
 """By which a rank that gives no heartbeat says so to its agent. Ignored by default."""
 

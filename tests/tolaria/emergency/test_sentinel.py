@@ -171,11 +171,3 @@ def test_a_missing_process_raises(child: subprocess.Popen[bytes]) -> None:
     child.wait()
     with pytest.raises(ProcessLookupError):
         ServiceProcess(child.pid, while_open=None)
-
-
-def test_a_process_without_a_dump_handler_is_detected(child: subprocess.Popen[bytes]) -> None:
-    """The dump signal would end such a process; one that has ended has no handler either."""
-    with ServiceProcess(child.pid, while_open=None) as service:
-        assert not service.handles_dump()
-        child.communicate(b"\n")
-        assert not service.handles_dump()

@@ -25,7 +25,6 @@ from tolaria.emergency import (
     Notice,
     Report,
 )
-from tolaria.emergency.sentinel import DUMP_SIGNAL, ServiceProcess, append_line
 from tolaria.emergency.supervision import (
     Heartbeats,
     SentinelProcess,
@@ -33,8 +32,9 @@ from tolaria.emergency.supervision import (
     watch_board,
     watch_process,
 )
-from tolaria.errors import BroadcastFailedError, ChildFailedError, ConfigurationError
+from tolaria.errors import BroadcastFailedError, ChildFailedError
 from tolaria.processes import supervised
+from tolaria.ranks.stacks import STACKS_SIGNAL, stacks_of
 from tolaria.signals import SignalBoard, mapping
 from tolaria.signals.layout import LanePhase
 
@@ -258,43 +258,19 @@ async def test_stale_boards_are_removed_at_the_start(settings: Settings, stale: 
 # -- stack dumps -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def stacks(settings: Settings) -> Path:
-    """The file of the stack dumps."""
-    return Path(settings.state.dir) / "stacks.txt"
-
-
-def test_the_signal_appends_all_stacks(settings: Settings, stacks: Path) -> None:
-    """Each dump is appended to the file, which only its owner can read."""
-    with stacks_on_request(settings), ServiceProcess(os.getpid(), while_open=None) as service:
-        assert service.handles_dump()
-        append_line(stacks, "first")
-        service.send(DUMP_SIGNAL)
-        append_line(stacks, "second")
-        service.send(DUMP_SIGNAL)
-    text = stacks.read_text()
-    assert text.index("first") < text.index("test_the_signal_appends_all_stacks") < text.index("second")
-    assert text.count("test_the_signal_appends_all_stacks") == 2
-    assert stacks.stat().st_mode & 0o777 == 0o600
-
-
-def test_a_late_request_is_harmless(settings: Settings, stacks: Path) -> None:
-    """After the block the signal is ignored: by default it would end the process."""
-    with stacks_on_request(settings):
-        pass
-    with ServiceProcess(os.getpid(), while_open=None) as service:
-        assert not service.handles_dump()
-        service.send(DUMP_SIGNAL)
-    assert stacks.read_text() == ""
-    signal.signal(DUMP_SIGNAL, signal.SIG_DFL)
-
-
-def test_a_link_is_not_followed(settings: Settings, stacks: Path) -> None:
-    """The dump is not appended to another file."""
-    stacks.parent.mkdir(parents=True)
-    stacks.symlink_to(stacks.with_name("other"))
-    with pytest.raises(ConfigurationError, match="link"), stacks_on_request(settings):
-        pass
+def test_stacks_of_this_process_can_be_had_while_it_wants_that() -> None:
+    """Again and again; afterwards a request is refused, leaves nothing open, and a late signal does not end it."""
+    before = sorted(Path("/proc/self/fd").iterdir())
+    for _ in range(2):
+        with stacks_on_request():
+            for _ in range(2):
+                found = stacks_of({0: os.getpid()})[0]
+                assert found.startswith("Main thread")
+                assert found.count("test_stacks_of_this_process_can_be_had_while_it_wants_that") == 1
+    assert "it has just begun" in stacks_of({0: os.getpid()})[0]
+    assert sorted(Path("/proc/self/fd").iterdir()) == before
+    os.kill(os.getpid(), STACKS_SIGNAL)
+    signal.signal(STACKS_SIGNAL, signal.SIG_DFL)
 
 
 # -- watching the board ------------------------------------------------------------------------------------------------

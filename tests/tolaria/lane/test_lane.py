@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterable
@@ -11,6 +12,9 @@ from torch import nn
 
 from support.jobs import GatedJob, SlotJob
 from support.lane_driver import NoHeartbeat, RunningLane, built, running, seed
+from support.waiting import wait_for
+from tolaria.config import StateSettings
+from tolaria.emergency.supervision import stacks_on_request
 from tolaria.errors import JobError, LaneFailedError, LossShapeError, RestoreAbandonedError
 from tolaria.jobs import Batch, Evaluation, JobContext
 from tolaria.lane.lane import EventBuffer
@@ -37,6 +41,7 @@ from tolaria.lane.messages import (
     Stop,
     TraceWritten,
 )
+from tolaria.ranks.stacks import STACKS_FILE, STACKS_SIGNAL
 from tolaria.signals.layout import LanePhase
 from tolaria.values.training import Position
 
@@ -129,6 +134,22 @@ def test_work_that_may_take_long_is_a_phase(compiled: bool, first: LanePhase) ->
     waits = [LanePhase.LOADING] * steps  # the last one finds the end of the epoch
     assert heartbeat.phases == [LanePhase.LOADING, first, LanePhase.LOADING, *waits, LanePhase.EVALUATING]
     assert heartbeat.steps == steps - 1
+
+
+# -- stacks ----------------------------------------------------------------------------------------------------------
+
+
+def test_stacks_of_its_process_are_in_the_state_directory(tmp_path: Path) -> None:
+    """Soon, and without a signal to the process: its threads run, and a look without the GIL could end it."""
+    lane = built(sections={"state": StateSettings(dir=str(tmp_path))}).lane(NoHeartbeat(), Path("unused"))
+    path, found = tmp_path / STACKS_FILE, list[int]()
+    with stacks_on_request():
+        signal.signal(STACKS_SIGNAL, lambda number, _: found.append(number))
+        lane.dump_stacks("halted: look")
+        wait_for(lambda: path.exists() and "test_stacks_of_its_process_are_in_the_state_directory" in path.read_text())
+    assert "the service: halted: look\nthe service:\nMain thread" in path.read_text()
+    assert found == []
+    signal.signal(STACKS_SIGNAL, signal.SIG_DFL)
 
 
 # -- hold, release, stop ---------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ CASES: Final[dict[str, dict[str, Any]]] = {
 
 WORLDS: Final = [
     pytest.param((2, "ddp"), id="2 ddp"),
-    pytest.param((2, "fsdp"), id="2 fsdp"),
+    pytest.param((2, "fsdp"), id="2 fsdp", marks=pytest.mark.slow),
     pytest.param((3, "fsdp"), id="3 fsdp", marks=pytest.mark.slow),
 ]
 

@@ -15,7 +15,7 @@ import pytest
 from support.processes import is_alive, python_path
 from support.waiting import wait_for
 from tolaria.ranks import stacks
-from tolaria.ranks.stacks import CHARACTERS_MAX, stacks_of, summary
+from tolaria.ranks.stacks import CHARACTERS_MAX, STACKS_FILE, append_stacks, stacks_of, summary
 
 BUSY = """
 import ctypes, sys, threading, time, zlib
@@ -99,11 +99,27 @@ def test_a_process_that_cannot_answer_is_said_to_be_so_and_lives() -> None:
         wait_for(lambda: "\nState:\tT" in Path(f"/proc/{stopped.pid}/status").read_text())
         found = stacks_of({0: stopped.pid, 1: bare.pid, 2: 2**22 + 1})
         assert "it is stopped" in found[0]
-        assert "none of the lane's" in found[1]
+        assert "none of this service's" in found[1]
         assert "No such file" in found[2]
         stacks._signal([bare.pid, 2**22 + 1])  # noqa: SLF001 - as if it had the id of a process that was asked
         with pytest.raises(subprocess.TimeoutExpired):
             bare.wait(0.5)
+
+
+def test_a_file_of_stacks_keeps_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its size is bounded, only its owner reads it, and a link is not followed."""
+    path = tmp_path / STACKS_FILE
+    monkeypatch.setattr(stacks, "_FILE_BYTES_MAX", 10_000)
+    for number in range(30):
+        append_stacks(path, f"reason {number}", {"rank 0": "x" * 1000, "rank 1": "y"})
+    text = path.read_text()
+    assert 1000 < len(text) < 12_000
+    assert text.index("reason 28\nrank 0:\nxxx") < text.index("reason 29\nrank 0:\nxxx") < text.rindex("rank 1:\ny")
+    assert "reason 2\n" not in text
+    assert path.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(OSError, match="link"):
+        append_stacks(tmp_path / "link", "reason", {})
 
 
 def test_a_summary_names_ranks_at_one_place_together() -> None:

@@ -59,7 +59,13 @@ async def test_tasks_that_conflict_on_purpose_are_no_explosion(request: pytest.F
     assert (run.state, run.status.rollbacks, run.health.skipped_steps) == ("FINISHED", 0, 0)
 
 
-@pytest.mark.parametrize("name", ["targets that grow, evaluated every two steps", "adversaries that oscillate"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "targets that grow, evaluated every two steps",
+        pytest.param("adversaries that oscillate", marks=pytest.mark.slow),
+    ],
+)
 async def test_losses_that_rise_by_themselves_cost_at_most_one_rollback(name: str) -> None:
     """And never halt the run."""
     run = trial(name, 200)

@@ -1,9 +1,11 @@
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -14,7 +16,9 @@ from tolaria.config import Settings
 from tolaria.errors import ConfigurationError
 from tolaria.processes import RestartPolicy
 from tolaria.telemetry.metrics import Metrics
-from tolaria.trackers.supervision import Tracking
+from tolaria.trackers.feed import Progress, progress_path
+from tolaria.trackers.records import LogPosition
+from tolaria.trackers.supervision import TrackerProcess, Tracking
 from tolaria.trackers.tracker import Point, TrackedRun, check_trackers
 
 pytestmark = pytest.mark.anyio
@@ -87,6 +91,22 @@ async def test_a_tracker_that_raises_is_reported_once_and_started_again(tmp_path
         assert value(watched.metrics, "tolaria.tracker.up", tracker="raising") == 1.0
     assert len(watched.emitter.attributes_of("tolaria.tracker_failed")) == 1
     assert value(watched.metrics, "tolaria.tracker.failures_total", tracker="quiet") == 0.0
+
+
+async def test_what_a_tracker_did_before_it_failed_is_no_recovery(tmp_path: Path) -> None:
+    """However late it is seen: only what another process does afterwards is one."""
+    metrics, emitter, path = Metrics(), RecordingEmitter(), progress_path(tmp_path, "quiet")
+    path.parent.mkdir()
+    tracker = TrackerProcess("quiet", settings(tmp_path, "quiet"), metrics=metrics, emitter=emitter)
+    tracker.pid = os.getpid()  # as it says in what it saves
+    for number, came_on in enumerate((False, True), 1):
+        tracker.accept({"tracker": "quiet"})
+        await anyio.to_thread.run_sync(Progress(LogPosition(0, number)).save, path)
+        if not came_on:
+            tracker.on_ended("ended with code 1: ConnectionError: away", 1.0)
+        await tracker.watch(LogPosition(0, number))
+        assert bool(emitter.attributes_of("tolaria.tracker_recovered")) is came_on
+        assert value(metrics, "tolaria.tracker.up", tracker="quiet") == came_on
 
 
 @pytest.mark.usefixtures("plugins")

@@ -116,7 +116,7 @@ class TrackerProcess(ChildSupervisor):
         if progress.gaps > self._gaps:
             self._metrics.tracker_lost_segments_total.labels(self._name).inc(progress.gaps - self._gaps)
             self._gaps = progress.gaps
-        if progress.pid != self.pid:  # what it did before it failed
+        if progress.pid != self.pid or not self._announced:  # what it did before it failed
             return
         self._metrics.tracker_up.labels(self._name).set(1)
         if self._failing:

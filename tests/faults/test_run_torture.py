@@ -9,6 +9,7 @@ import pytest
 from support.processes import python_path
 
 
+@pytest.mark.slow
 def test_a_killed_run_loses_no_reported_checkpoint(request: pytest.FixtureRequest) -> None:
     """SIGKILL during checkpoints, rollbacks and rebuilds: the run is resumed from an intact, new enough state."""
     kills = 100 if request.config.getoption("--long") else 5

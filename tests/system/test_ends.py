@@ -62,6 +62,7 @@ def test_everything_ends_by_itself(end: str, job: list[str], tmp_path: Path) -> 
     assert not events.keys() & {"embedded_peer_killed", "embedded_peer_died"}
 
 
+@pytest.mark.slow
 def test_a_signal_that_comes_while_everything_ends_changes_nothing(tmp_path: Path) -> None:
     """The run has finished, and what the service has opened is closed: its board is gone, and the code is 0."""
     arguments = ["training.epochs=1", "service.exit_when_done=true"]

@@ -123,6 +123,7 @@ def test_a_lane_that_is_killed_for_lack_of_memory_says_so(
     assert "the cgroup is out of memory" in str(lost["detail"])
 
 
+@pytest.mark.slow
 def test_a_batch_with_which_two_processes_die_is_left_out(peers: list[str], tmp_path: Path) -> None:
     """One sample that ends the process whenever it is used does not end the run."""
     arguments = [*JOB, *peers, "training.epochs=1", "training.options.samples=64", "training.options.poison=17"]

@@ -145,6 +145,7 @@ def test_a_batch_with_a_sample_that_cannot_be_read_is_left_out(tmp_path: Path) -
     assert not any(line.get("exception") for line in service.events())
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_a_restart_of_the_lane(tmp_path: Path) -> None:
     """The reason names it, in one line, and training goes on. Signals that end the service do not end a worker."""
     with serve(*JOB, cwd=tmp_path) as service, stub_of(service) as stub:

@@ -165,6 +165,7 @@ def roll_back_by_both_tiers(stub: TolariaAdminServiceStub) -> None:
     wait_for(lambda: status(stub).global_step > back.restored_step)
 
 
+@pytest.mark.slow
 def test_a_run_of_version_0_1_0_is_resumed(tmp_path: Path) -> None:
     """The service continues a run that the version before was killed in, to its end, from its last checkpoint."""
     with tarfile.open(Path(__file__).parents[1] / "fixtures" / "state-0.1.0.tar.gz") as archive:

@@ -94,6 +94,7 @@ def test_the_code_of_a_job_runs_as_in_a_plain_process(tmp_path: Path) -> None:
     assert "collects: True, leaves most out: True" in service.lines[-1]
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_during_training_fails_the_run(tmp_path: Path) -> None:
     """The state is FAILED, the service is not ready and exits with code 1; the traceback is in the log."""
     with serve("training.job=support.jobs:LateCrashJob", cwd=tmp_path) as service, stub_of(service) as stub:
@@ -151,6 +152,7 @@ def test_a_port_in_use_is_reported_before_the_job_is_built(setting: str, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BUF.exists(), reason="buf, an independent gRPC client, is not installed")
 def test_an_independent_client_works_by_reflection(tmp_path: Path) -> None:
     """`buf curl` has no stubs: it queries reflection, then calls GetStatus and PauseTraining."""
@@ -170,6 +172,7 @@ def test_an_independent_client_works_by_reflection(tmp_path: Path) -> None:
         assert "reason: must not be empty" in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peer", ["tamiyo", pytest.param("kasmina", marks=pytest.mark.slow)])
 def test_a_dead_peer_does_not_stop_training(peer: str, tmp_path: Path) -> None:
     """With nothing listening at the target, training continues at full speed, and the breaker opens."""

@@ -18,7 +18,10 @@ def on_two_ranks(name: str, **options: Any) -> list[Any]:
     return list(run_on_ranks(2, [(f"{SCENARIOS}:{name}", options)])[0])
 
 
-@pytest.mark.parametrize(("parallel", "full"), [("fsdp", False), ("fsdp", True), ("ddp", False)])
+@pytest.mark.parametrize(
+    ("parallel", "full"),
+    [pytest.param("fsdp", False, marks=pytest.mark.slow), ("fsdp", True), ("ddp", False)],
+)
 def test_nothing_is_gathered_or_sent_on_one_machine(parallel: str, full: bool) -> None:
     """Every rank restores and proves its parts; the digests are those with which the leader gathers and sends.
 

@@ -109,6 +109,7 @@ def curve_of(client: Any, run_id: str, name: str) -> list[tuple[int, float]]:
     return rounded([(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("file_store")
 def test_mlflow_shows_only_what_survives(tmp_path: Path) -> None:
     """In the run without a parent; the runs before are below it, and end as they were left."""
@@ -157,6 +158,7 @@ def test_mlflow_does_not_show_twice_what_was_logged_before_a_death(tmp_path: Pat
     assert curve_of(client, newest.info.run_id, LOSS) == rounded([(step, step + 0.1) for step in range(1, 7)])
 
 
+@pytest.mark.slow
 def test_wandb_shows_only_what_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the newest run of the group; runs that a rollback has ended are marked."""
     pytest.importorskip("wandb")

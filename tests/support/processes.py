@@ -140,7 +140,11 @@ def stub_of(service: Serve) -> Iterator[TolariaAdminServiceStub]:
     """A stub of a service that has built its job: waits for that."""
     with grpc.insecure_channel(service.addresses()[0]) as channel:
         stub = TolariaAdminServiceStub(channel)
-        wait_for(lambda: service.process.poll() is not None or status(stub).state != admin.RUN_STATE_STARTING)
+
+        def is_built() -> bool:
+            return service.process.poll() is not None or status(stub).state != admin.RUN_STATE_STARTING
+
+        wait_for(is_built, START_TIMEOUT_S)
         yield stub
 
 
@@ -158,7 +162,7 @@ def wait_for_steps(stub: TolariaAdminServiceStub, more_than: int = 0) -> admin.G
         seen[:] = [status(stub)]
         return seen[0].global_step > more_than
 
-    wait_for(has_stepped)
+    wait_for(has_stepped, START_TIMEOUT_S)
     return seen[0]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_sentinel_acts_while_the_gil_is_held(tmp_path: Path, reader: Path) -> No
         assert stacks.index("no heartbeat of the event loop") < stacks.index("in hold_the_gil")
         assert service.logged() == [
             "sentinel_raised_halt",
-            "sentinel_wrote_stacks",
+            "sentinel_took_stacks",
             "sentinel_ends_service",
             "sentinel_ends_service",
         ]
@@ -114,6 +115,15 @@ def test_a_silent_service_whose_threads_run_survives_that_its_stacks_are_looked_
         assert service.process.wait(WAIT_S) == 77
         stacks = (tmp_path / "stacks.txt").read_text()
         assert "in changes_its_stack" in stacks or "in new" in stacks  # the deepest hundred calls are shown
+
+
+def test_a_disk_that_hangs_does_not_keep_a_silent_service(tmp_path: Path) -> None:
+    """It is ended all the same; where it was is on standard error."""
+    os.mkfifo(tmp_path / "stacks.txt")  # nobody reads it: opening it blocks
+    with stand_in(tmp_path, "lane") as service:
+        service.fall_silent()
+        assert service.process.wait(WAIT_S) == 77
+        assert "sentinel_took_stacks" in service.logged()
 
 
 def test_sentinel_permits_a_phase_its_own_silence(tmp_path: Path) -> None:

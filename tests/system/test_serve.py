@@ -172,7 +172,6 @@ def test_an_independent_client_works_by_reflection(tmp_path: Path) -> None:
         assert "reason: must not be empty" in refused.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("peer", ["tamiyo", pytest.param("kasmina", marks=pytest.mark.slow)])
 def test_a_dead_peer_does_not_stop_training(peer: str, tmp_path: Path) -> None:
     """With nothing listening at the target, training continues at full speed, and the breaker opens."""

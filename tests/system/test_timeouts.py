@@ -14,6 +14,17 @@ NOTHING = Footprint(0, 0, 0)
 METHODS = {"tamiyo": ("EvaluateEpoch", "EvaluateStep"), "kasmina": ("ExportSeedStates", "ApplyCommand")}
 
 
+async def at_rest() -> Footprint:
+    """Returns the resources of this process once they stay the same for a while: what is closed is gone by then."""
+    found = await footprint()
+    with anyio.fail_after(60):
+        while True:
+            await anyio.sleep(0.5)
+            if (now := await footprint()) == found:
+                return found
+            found = now
+
+
 async def more_than(before: Footprint) -> Footprint:
     """Returns what this process has beyond `before` once that is nothing, or after ten seconds.
 
@@ -29,7 +40,7 @@ async def test_thousands_of_timeouts_leak_nothing_on_either_side() -> None:
     """After 1,000 in a row for each peer: threads, tasks and descriptors as before, and every handler cancelled."""
     async with peer_process("hang") as child, connected(child.target, timeout_s=0.004) as peers:
         await count_timeouts(peers, tuple(CALLS), 8)
-        before = await footprint()
+        before = await at_rest()
         child_before = await child.idle((await child.handlers()).footprint)
         timeouts = dict.fromkeys(METHODS, 0)
 
@@ -52,7 +63,7 @@ async def test_hundreds_of_simultaneous_timeouts_leak_nothing_on_either_side() -
     async with peer_process("hang") as child:
         async with connected(child.target, timeout_s=0.05) as peers:
             await count_timeouts(peers, tuple(CALLS), 4)
-        before = await footprint()
+        before = await at_rest()
         child_before = await child.idle((await child.handlers()).footprint)
         timeouts: list[int] = []
 

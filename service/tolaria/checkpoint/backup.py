@@ -7,6 +7,7 @@ removed before it was opened, a newer copy of the journal does not name it.
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import time
@@ -177,9 +178,15 @@ def _open_early(directory: Path, connection: sqlite3.Connection, pins: _Pins) ->
     with suppress(sqlite3.Error):
         query = "SELECT checkpoint_id FROM checkpoints WHERE state IN ('committed', 'superseded')"
         for (checkpoint_id,) in connection.execute(query).fetchall():
-            with suppress(OSError, ValueError):
+            try:
                 for name in FILES:
                     pins.open(directory, f"{CHECKPOINTS}/{checkpoint_id}/{name}")
+            except OSError as error:
+                if error.errno in {errno.EMFILE, errno.ENFILE}:  # the copy needs some too
+                    pins.close()
+                    return
+            except ValueError:  # no id that can be in a path
+                continue
 
 
 def _other_files(directory: Path) -> Sequence[str]:

@@ -248,12 +248,11 @@ class Sentinel:
 
     def _write_stacks(self, silence: str) -> None:
         found = stacks_of({0: self._service.pid})
+        _log("sentinel_took_stacks", where=summary(found), file=str(self._stacks))
         try:
             append_stacks(self._stacks, silence, {"the service": found[0]})
         except OSError as error:
-            _log("sentinel_cannot_write_stacks", detail=str(error), where=summary(found))
-        else:
-            _log("sentinel_wrote_stacks", file=str(self._stacks), where=summary(found))
+            _log("sentinel_cannot_write_stacks", detail=str(error))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -134,8 +134,8 @@ class ThreadLane:
         profiler: LaneProfiler,
         heartbeat: LaneHeartbeat,
         threads: int,
+        stacks: Path,
         gate: PageGate | None = None,
-        stacks: Path | None = None,
     ) -> None:
         group = module.group
         self._stacks = stacks
@@ -189,8 +189,7 @@ class ThreadLane:
 
     def dump_stacks(self, why: str) -> None:
         """Has the stacks of this process written to a file in state.dir, soon."""
-        if self._stacks is not None:
-            threading.Thread(target=dump_own_stacks, args=(self._stacks, why), daemon=True).start()
+        threading.Thread(target=dump_own_stacks, args=(self._stacks, why), daemon=True).start()
 
     def forbid_restore(self, command_id: int) -> bool:
         """Forbids that restore to change live state; False when the change has already begun."""

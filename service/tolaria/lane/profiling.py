@@ -1,13 +1,12 @@
 """Profiles a bounded number of steps with torch.profiler and writes Chrome traces (chrome://tracing, Perfetto).
 
-Used in the lane's thread only, but for `dump_own_stacks`, since torch profiles the thread that started the profiler. A
-failed profile is a result, not an exception: training goes on.
+Used in the lane's thread only, since torch profiles the thread that started the profiler. A failed profile is a
+result, not an exception: training goes on. `dump_own_stacks` is for the stacks of a lane that is a thread.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -23,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from tolaria.errors import InvalidFieldError, WrongStateError
 from tolaria.lane.messages import PROFILE_STEPS_MAX, ProfileDone, ProfileStarted, TraceFailed, TraceWritten
-from tolaria.ranks.stacks import append_stacks, stacks_of, summary
+from tolaria.ranks.stacks import append_stacks, own_stacks, summary
 
 Region = Literal["input", "forward", "backward", "merge", "optimizer", "boundary", "rollback"]
 """A part of a step that is named in traces; `input` is not, the lane shows it as its phase."""
@@ -190,11 +189,10 @@ class LaneProfiler:
 
 
 def dump_own_stacks(path: Path, why: str) -> None:
-    """Appends the stacks of this process, which gives them on request, to a file. Blocks for up to 1.5 seconds."""
-    found = stacks_of({0: os.getpid()})
+    """Logs where this process is, and appends its stacks to a file. Blocks, as long as the disk does."""
     try:
-        append_stacks(path, f"the service: {why}", {"the service": found[0]})
+        found = own_stacks()
+        _log.error("lane_stacks", why=why, where=f"{summary({0: found})} (stacks in {path})")
+        append_stacks(path, f"the service: {why}", {"the service": found})
     except OSError as error:
         _log.warning("stacks_not_written", file=str(path), detail=str(error))
-    else:
-        _log.error("lane_stacks", why=why, where=f"{summary(found)} (stacks in {path})")

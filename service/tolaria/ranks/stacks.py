@@ -15,6 +15,8 @@ import fcntl
 import os
 import re
 import signal
+import stat
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -38,13 +40,20 @@ _STACKS_CHARACTERS_MIN: Final = 400
 _FILE_BYTES_MAX: Final = 4 * 2**20
 _MEMORY: Final = "tolaria-stacks"
 _REQUEST, _END = b"?", b"."
-_ANSWER_S: Final = 1.5
-_THREAD_ANSWERS_S: Final = 0.5
+_DONE: Final = b"\n-- end --\n"
+"""Follows a dump that a thread has made."""
+
+_THREAD_ANSWERS_S: Final = 2.0
+"""How long a process is given before its stacks are dumped without its GIL: it may only be slow."""
+
+_ANSWER_S: Final = 3.0
 _QUIET_S: Final = 0.05
+"""A dump of the handler in C has no end mark: it is over when nothing has been added for so long."""
+
 _POLL_S: Final = 0.01
+_NO_MAIN: Final = "the main thread is not shown"
 _PLACES_MAX: Final = 8
 _RANKS_SHOWN: Final = 6
-_CURRENT: Final = "Current thread"
 _THREADS: Final = re.compile(r"^(?=Thread |Current thread )", re.MULTILINE)
 _THREAD: Final = re.compile(r"(?:Thread|Current thread) (0x[0-9a-f]+)")
 _FRAME: Final = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+|\?\?\?) in (?P<name>.*)$', re.MULTILINE)
@@ -53,11 +62,12 @@ _FRAME: Final = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+|\?\?\?) i
 def dump_on_request() -> Callable[[], None]:
     """Has the stacks of all threads of this process dumped when `stacks_of` asks for them, into memory that it reads.
 
-    The name of the memory has the number of the descriptor to write a request to; `STACKS_SIGNAL` is another request.
-    Returns a function that ends this. Both are for the main thread.
+    The name of that memory file ends with the number of the pipe's end by which a thread is asked for a dump, and the
+    id of the main thread. Returns a function that ends this. The main thread calls this and that function.
     """
     requests, asking = os.pipe()
-    descriptor = os.memfd_create(f"{_MEMORY}-{asking}", os.MFD_CLOEXEC)
+    name = f"{_MEMORY}-{asking}-{threading.main_thread().ident or 0:x}"
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)  # a reader empties it
     # Unregistering restores this: a late request must not end the process, the default action of the signal.
     signal.signal(STACKS_SIGNAL, signal.SIG_IGN)
@@ -71,7 +81,7 @@ def dump_on_request() -> Callable[[], None]:
         faulthandler.unregister(STACKS_SIGNAL)
         os.write(asking, _END)
         answering.join()
-        for each in (asking, requests, descriptor):
+        for each in (descriptor, asking, requests):  # first that which names the pipe
             os.close(each)
 
     return end
@@ -80,32 +90,40 @@ def dump_on_request() -> Callable[[], None]:
 def _answer_requests(requests: int, descriptor: int) -> None:
     while os.read(requests, 1) == _REQUEST:
         faulthandler.dump_traceback(descriptor, all_threads=True)
+        os.write(descriptor, _DONE)
 
 
 def stacks_of(pids: Mapping[int, int]) -> dict[int, str]:
-    """Returns the stacks of processes, by rank as `pids` are; that of the main thread is first.
+    """Returns the stacks of other processes, by rank as `pids` are; that of the main thread is first.
 
-    In place of the stacks of a process that gives none, the text says why. Blocks for up to 1.5 seconds.
+    In place of the stacks of a process that gives none, the text says why. Blocks for up to 3 seconds.
     """
-    found, open_memory = dict[int, str](), dict[int, int]()
+    found, asked = dict[int, str](), dict[int, _Asked]()
     for rank, pid in pids.items():
         try:
-            open_memory[rank] = _request(pid)
+            asked[rank] = _Asked(pid)
         except OSError as error:
             found[rank] = f"no stacks of process {pid}: {error.strerror or error}"
-    sizes, began_s, has_signalled = dict.fromkeys(open_memory, 0), time.monotonic(), False
-    while open_memory and (waited_s := time.monotonic() - began_s) < _ANSWER_S:
+    began_s, has_signalled = time.monotonic(), False
+    while (waited_s := time.monotonic() - began_s) < _ANSWER_S and not all(
+        each.has_answered for each in asked.values()
+    ):
         if waited_s > _THREAD_ANSWERS_S and not has_signalled:
-            _signal([pids[rank] for rank, size in sizes.items() if not size])
+            for each in asked.values():
+                each.signal()
             has_signalled = True
-        time.sleep(_QUIET_S if all(sizes.values()) else _POLL_S)
-        now = {rank: os.fstat(descriptor).st_size for rank, descriptor in open_memory.items()}
-        if now == sizes and all(now.values()):
-            break
-        sizes = now
-    for rank, descriptor in open_memory.items():
-        found[rank] = _taken(descriptor) or f"no stacks of process {pids[rank]} within {_ANSWER_S:g} s"
+        time.sleep(_POLL_S)
+    for rank, each in asked.items():
+        found[rank] = each.take() or f"no stacks of process {each.pid} within {_ANSWER_S:g} s"
     return dict(sorted(found.items()))
+
+
+def own_stacks() -> str:
+    """Returns the stacks of this process; the main thread's is first. Raises OSError without memory for them."""
+    has_memory = hasattr(os, "memfd_create")
+    with os.fdopen(os.memfd_create("tolaria-own-stacks"), "w+b") if has_memory else tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file.fileno(), all_threads=True)
+        return _shown(os.pread(file.fileno(), 100 * CHARACTERS_MAX, 0), threading.main_thread().ident or 0)
 
 
 def summary(stacks: Mapping[int, str]) -> str:
@@ -119,24 +137,69 @@ def summary(stacks: Mapping[int, str]) -> str:
     return "; ".join([*said[:_PLACES_MAX], *(["..."] if len(said) > _PLACES_MAX else [])])
 
 
-def append_stacks(path: Path, why: str, stacks: Mapping[str, str]) -> None:
-    """Appends stacks, by what they are of, to a file of which the newest part is kept. Raises OSError; blocks."""
+def append_stacks(path: Path, why: str, stacks: Mapping[str, str], *, bytes_max: int = _FILE_BYTES_MAX) -> None:
+    """Appends stacks, by what they are of, to a file; once that is larger than `bytes_max`, its newer half is kept.
+
+    Raises OSError. Blocks, as long as the disk does.
+    """
     most = max(_STACKS_CHARACTERS_MIN, min(CHARACTERS_MAX, _DUMP_CHARACTERS // max(1, len(stacks))))
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     text = "".join(f"{name}:\n{each[:most]}\n" for name, each in stacks.items())
     descriptor = open_to_append(path)
     try:
-        if os.fstat(descriptor).st_size > _FILE_BYTES_MAX:  # others append to it too, so that it is no other file
-            kept = path.read_bytes()[-_FILE_BYTES_MAX // 2 :]
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, kept)
+        if os.fstat(descriptor).st_size > bytes_max:  # others append to it too, so that it is no other file
+            with suppress(BlockingIOError):  # another one does this
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                kept = path.read_bytes()[-bytes_max // 2 :]
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, kept)
         os.write(descriptor, f"{moment} {why}\n{text}\n".encode(errors="replace"))
     finally:
         os.close(descriptor)
 
 
-def _request(pid: int) -> int:
-    """Has a process dump its stacks; returns a descriptor of the memory with them. Raises OSError if it cannot."""
+class _Asked:
+    """A process that has been asked for its stacks. Raises OSError if it cannot be asked."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._memory, self._main = _request(pid)
+        self._signalled = False
+        self._size, self._changed_s = 0, 0.0
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether its dump is complete."""
+        now_s, size = time.monotonic(), os.fstat(self._memory).st_size
+        if size != self._size:
+            self._size, self._changed_s = size, now_s
+        if size >= len(_DONE) and os.pread(self._memory, len(_DONE), size - len(_DONE)) == _DONE:
+            return True
+        return self._signalled and size > 0 and now_s - self._changed_s > _QUIET_S
+
+    def signal(self) -> None:
+        """Has it dump its stacks without its GIL if its thread has not begun to."""
+        if not self._size:
+            with suppress(OSError):  # it has ended
+                if _catches(self.pid):  # else another process has its id by now, and the signal would end that one
+                    os.kill(self.pid, STACKS_SIGNAL)
+                    self._signalled = True
+
+    def take(self) -> str:
+        """Returns its stacks, bounded, and empties the memory, which is not used afterwards."""
+        try:
+            content = os.pread(self._memory, 100 * CHARACTERS_MAX, 0)
+            os.ftruncate(self._memory, 0)
+        finally:
+            os.close(self._memory)
+        return _shown(content, self._main)
+
+
+def _request(pid: int) -> tuple[int, int]:
+    """Has a process dump its stacks.
+
+    Returns a descriptor of the memory with them, and the id of the main thread. Raises OSError if it cannot.
+    """
     if not _catches(pid):  # the signal would end it
         raise OSError("it has just begun, or is none of this service's")
     folder = Path(f"/proc/{pid}/fd")
@@ -145,32 +208,27 @@ def _request(pid: int) -> int:
             if (memory := path.readlink().name.partition(" ")[0]).startswith(f"memfd:{_MEMORY}-"):
                 if (state := state_of(pid)) in {"T", "t"}:
                     raise OSError(f"it is stopped (state {state})")
+                _, pipe, main = memory.rsplit("-", 2)
                 descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
                 try:
                     os.ftruncate(descriptor, 0)
-                    _ask(folder / memory.rpartition("-")[2])
+                    _ask(folder / pipe)
                 except OSError:
                     os.close(descriptor)
                     raise
-                return descriptor
+                return descriptor, int(main, 16)
     raise OSError("it has no memory for them")
 
 
 def _ask(pipe: Path) -> None:
     """Asks the thread that reads a pipe. Raises OSError."""
+    if not stat.S_ISFIFO(pipe.stat().st_mode):  # its number is that of another file by now
+        raise OSError("its pipe for requests is closed")
     descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.write(descriptor, _REQUEST)
     finally:
         os.close(descriptor)
-
-
-def _signal(pids: Iterable[int]) -> None:
-    """Has processes whose thread does not answer dump their stacks without their GIL."""
-    for pid in pids:
-        with suppress(OSError):  # it has ended
-            if _catches(pid):  # else another process has its id by now, and the signal would end that one
-                os.kill(pid, STACKS_SIGNAL)
 
 
 def _catches(pid: int) -> bool:
@@ -181,26 +239,22 @@ def _catches(pid: int) -> bool:
     return False
 
 
-def _taken(descriptor: int) -> str:
-    """Returns what lies in the memory, bounded, and empties it."""
-    try:
-        content = os.pread(descriptor, 100 * CHARACTERS_MAX, 0)
-        os.ftruncate(descriptor, 0)
-    finally:
-        os.close(descriptor)
-    dump = dict[str, str]()  # the first one, if both the thread and the handler have made one
-    for text in _THREADS.split(content.decode("ascii", errors="replace")):
+def _shown(content: bytes, main: int) -> str:
+    """Returns what a dump says, bounded; the stack of the thread with the id `main` is first."""
+    dump = dict[int, str]()  # the first one, if both the thread and the handler have made one
+    for text in _THREADS.split(content.removesuffix(_DONE).decode("ascii", errors="replace")):
         if (thread := _THREAD.match(text)) is not None:
-            dump.setdefault(thread[1], text.strip())
-    threads = [text for text in dump.values() if f" in {_answer_requests.__name__}" not in text]
-    # The main thread is the one that handled the signal; without one it is the oldest, which is listed last.
-    main = next((text for text in threads if text.startswith(_CURRENT)), threads[-1] if threads else "")
-    text = "\n".join([_THREAD.sub(r"Main thread \1", main), *(text for text in threads if text is not main)])
+            dump.setdefault(int(thread[1], 16), text.strip())
+    if not dump:
+        return ""
+    first = _THREAD.sub(r"Main thread \1", dump.pop(main, _NO_MAIN))
+    others = [text for text in dump.values() if f" in {_answer_requests.__name__}" not in text]
+    text = "\n".join([first, *others])
     return text if len(text) <= CHARACTERS_MAX else f"{text[:CHARACTERS_MAX]}\n..."
 
 
 def _place(stacks: str) -> str:
-    if (frame := _FRAME.search(stacks)) is None:
+    if (frame := _FRAME.search(stacks)) is None or stacks.startswith(_NO_MAIN):
         return stacks.partition("\n")[0]
     return f"{frame['name']} ({Path(frame['file']).name}:{frame['line']})"
 

@@ -335,6 +335,6 @@ class LaneProcess(ChildSupervisor):
     async def _end_silent(self, end: LaneEnd, why: str, still: Callable[[], float] = lambda: 1.0) -> None:
         """Dumps the stacks of a process and kills it, unless it is not `still` silent."""
         stacks = await self._stacks.dump(self.pid, why)
-        if end is self._end and still() > 0:  # the signal may have ended a wait
+        if end is self._end and still() > 0:  # collecting them takes seconds
             end.silent, end.stacks = why, stacks
             kill_group(self.pid)

@@ -52,7 +52,7 @@ _HANDSHAKES_MAX: Final = 32
 _UNSENT_MAX: Final = 64
 _SAY_S: Final = 30.0
 _LAST_WORDS_S: Final = 1.0
-_STACKS_S: Final = 2.0
+_STACKS_S: Final = 4.0
 _FAILURES_SAID_MAX: Final = 10
 _LOSSES_MAX: Final = 3
 """Losses of a machine within `lane.restarts_within_s` after which a group starts without it if it can."""
@@ -196,7 +196,7 @@ class Rendezvous:
                 node.put(StopRanks(why[:1000]))
 
     async def stacks(self) -> dict[int, str]:
-        """Returns the stacks of the ranks on other machines of the present group, of those that answer within 2 s."""
+        """Returns the stacks of the ranks on other machines of the present group, of those that answer within 4 s."""
         members = [node for node in self._nodes if node.member]
         self._stacks, self._stacks_complete = {}, anyio.Event()
         self._stacks_wanted = sum(node.asked.processes for node in members)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tarfile
@@ -63,7 +64,7 @@ def test_a_backup_is_whole_and_private_and_changes_nothing(name: str, old_state:
 
 
 def test_what_retention_removes_meanwhile_stays_in_the_backup(old_state: Path, tmp_path: Path) -> None:
-    """The files are open from the moment at which the journal has been copied."""
+    """Its files are open when the first one is copied."""
 
     def remove(checkpoint_id: str) -> None:
         shutil.rmtree(old_state / "checkpoints" / checkpoint_id)
@@ -71,6 +72,37 @@ def test_what_retention_removes_meanwhile_stays_in_the_backup(old_state: Path, t
     made = make_backup(old_state, tmp_path / "copy", on_checkpoint=remove)
     assert made.checkpoints == IDS
     assert all(finding.condition is Condition.WHOLE for finding in inspect_storage(tmp_path / "copy"))
+
+
+def test_what_is_removed_while_the_journal_is_copied_stays_in_the_backup(
+    old_state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are open before the journal is copied: a copy takes longer than some checkpoints last."""
+
+    def copy_slowly(*args: Any, **keywords: Any) -> None:
+        copy_journal(*args, **keywords)
+        shutil.rmtree(old_state / "checkpoints" / IDS[0])
+
+    monkeypatch.setattr(backup, "copy_journal", copy_slowly)
+    assert make_backup(old_state, tmp_path / "copy").checkpoints == IDS
+
+
+def test_more_checkpoints_than_descriptors_are_backed_up(
+    old_state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening them early, which is for those that are removed meanwhile, leaves the copy what it needs."""
+    opened = list[str]()
+
+    def open_few(pins: Any, directory: Path, path: str) -> None:
+        opened.append(path)
+        if len(opened) == 5:
+            raise OSError(errno.EMFILE, "Too many open files")
+        open_one(pins, directory, path)
+
+    open_one = backup._Pins.open  # noqa: SLF001 - there is no other way to run out of descriptors there and only there
+    monkeypatch.setattr(backup._Pins, "open", open_few)  # noqa: SLF001
+    assert make_backup(old_state, tmp_path / "copy").checkpoints == IDS
+    assert opened[:5] == opened[5:10]
 
 
 def test_backups_of_a_directory_in_use_are_whole(tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -28,13 +29,12 @@ from tolaria.emergency import (
 from tolaria.emergency.supervision import (
     Heartbeats,
     SentinelProcess,
-    stacks_on_request,
     watch_board,
     watch_process,
 )
 from tolaria.errors import BroadcastFailedError, ChildFailedError
 from tolaria.processes import supervised
-from tolaria.ranks.stacks import STACKS_SIGNAL, stacks_of
+from tolaria.ranks.stacks import STACKS_SIGNAL, stacks_of, summary
 from tolaria.signals import SignalBoard, mapping
 from tolaria.signals.layout import LanePhase
 
@@ -258,19 +258,33 @@ async def test_stale_boards_are_removed_at_the_start(settings: Settings, stale: 
 # -- stack dumps -------------------------------------------------------------------------------------------------------
 
 
-def test_stacks_of_this_process_can_be_had_while_it_wants_that() -> None:
+def test_stacks_of_a_process_can_be_had_while_it_wants_that() -> None:
     """Again and again; afterwards a request is refused, leaves nothing open, and a late signal does not end it."""
-    before = sorted(Path("/proc/self/fd").iterdir())
-    for _ in range(2):
-        with stacks_on_request():
+    program = (
+        "import os, sys; from tolaria.emergency.supervision import stacks_on_request\n"
+        "def main():\n"
+        "    before = os.listdir('/proc/self/fd')\n"
+        "    for _ in range(2):\n"
+        "        with stacks_on_request():\n"
+        "            print('begun', flush=True); sys.stdin.readline()\n"
+        "    print(before == os.listdir('/proc/self/fd'), flush=True); sys.stdin.readline()\n"
+        "main()"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        for _ in range(2):
+            assert child.stdout.readline() == "begun\n"
             for _ in range(2):
-                found = stacks_of({0: os.getpid()})[0]
-                assert found.startswith("Main thread")
-                assert found.count("test_stacks_of_this_process_can_be_had_while_it_wants_that") == 1
-    assert "it has just begun" in stacks_of({0: os.getpid()})[0]
-    assert sorted(Path("/proc/self/fd").iterdir()) == before
-    os.kill(os.getpid(), STACKS_SIGNAL)
-    signal.signal(STACKS_SIGNAL, signal.SIG_DFL)
+                assert summary(stacks_of({0: child.pid})) == "main (<string>:6)"
+            child.stdin.write("\n")
+            child.stdin.flush()
+        assert child.stdout.readline() == "True\n"
+        assert "it has just begun" in stacks_of({0: child.pid})[0]
+        os.kill(child.pid, STACKS_SIGNAL)
+        child.stdin.close()
+        assert child.wait(60) == 0
 
 
 # -- watching the board ------------------------------------------------------------------------------------------------

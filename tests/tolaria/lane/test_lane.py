@@ -14,7 +14,6 @@ from support.jobs import GatedJob, SlotJob
 from support.lane_driver import NoHeartbeat, RunningLane, built, running, seed
 from support.waiting import wait_for
 from tolaria.config import StateSettings
-from tolaria.emergency.supervision import stacks_on_request
 from tolaria.errors import JobError, LaneFailedError, LossShapeError, RestoreAbandonedError
 from tolaria.jobs import Batch, Evaluation, JobContext
 from tolaria.lane.lane import EventBuffer
@@ -142,14 +141,16 @@ def test_work_that_may_take_long_is_a_phase(compiled: bool, first: LanePhase) ->
 def test_stacks_of_its_process_are_in_the_state_directory(tmp_path: Path) -> None:
     """Soon, and without a signal to the process: its threads run, and a look without the GIL could end it."""
     lane = built(sections={"state": StateSettings(dir=str(tmp_path))}).lane(NoHeartbeat(), Path("unused"))
-    path, found = tmp_path / STACKS_FILE, list[int]()
-    with stacks_on_request():
-        signal.signal(STACKS_SIGNAL, lambda number, _: found.append(number))
+    path = tmp_path / STACKS_FILE
+    before = signal.signal(STACKS_SIGNAL, signal.SIG_DFL)
+    try:
         lane.dump_stacks("halted: look")
-        wait_for(lambda: path.exists() and "test_stacks_of_its_process_are_in_the_state_directory" in path.read_text())
-    assert "the service: halted: look\nthe service:\nMain thread" in path.read_text()
-    assert found == []
-    signal.signal(STACKS_SIGNAL, signal.SIG_DFL)
+        wait_for(lambda: path.exists() and path.read_text().endswith("\n\n"))
+    finally:
+        signal.signal(STACKS_SIGNAL, before)
+    text = path.read_text()
+    assert "the service: halted: look\nthe service:\nMain thread" in text
+    assert "in test_stacks_of_its_process_are_in_the_state_directory" in text.partition("\nThread ")[0]
 
 
 # -- hold, release, stop ---------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import pytest
 
 from support.processes import is_alive, python_path
 from support.waiting import wait_for
-from tolaria.ranks import stacks
 from tolaria.ranks.stacks import CHARACTERS_MAX, STACKS_FILE, append_stacks, stacks_of, summary
 
 BUSY = """
@@ -47,6 +46,15 @@ memory = bytearray(10_000_000)
 print("begun", flush=True)
 while True:
     zlib.crc32(memory)  # releases the GIL, as the operations of PyTorch do
+"""
+
+LATE = """
+import signal
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit("signalled"))
+print("begun", flush=True)
+while True:
+    ctypes.PyDLL(None).usleep(700_000)  # holds the GIL
+    time.sleep(0.01)
 """
 
 BARE = """
@@ -101,17 +109,33 @@ def test_a_process_that_cannot_answer_is_said_to_be_so_and_lives() -> None:
         assert "it is stopped" in found[0]
         assert "none of this service's" in found[1]
         assert "No such file" in found[2]
-        stacks._signal([bare.pid, 2**22 + 1])  # noqa: SLF001 - as if it had the id of a process that was asked
         with pytest.raises(subprocess.TimeoutExpired):
             bare.wait(0.5)
 
 
-def test_a_file_of_stacks_keeps_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_main_thread_is_named_or_said_to_be_missing() -> None:
+    """Of more than a hundred threads only the newest hundred are shown; the place of another one is none of its."""
+    many = "for _ in range(150):\n    threading.Thread(target=lambda: time.sleep(3600), daemon=True).start()\n"
+    with process(BUSY + many + "waits(1)") as crowded, process(BUSY + "waits(1)") as few:
+        found = stacks_of({0: crowded.pid, 1: few.pid})
+    assert summary(found) == "rank 0: the main thread is not shown; rank 1: waits (<string>:15)"
+    assert "in <lambda>" in found[0]
+
+
+def test_a_slow_process_is_waited_for() -> None:
+    """One that answers within two seconds is not signalled: the handler without the GIL could end it."""
+    with process(BUSY + LATE) as slow:
+        found = stacks_of({0: slow.pid})
+        assert found[0].startswith("Main thread"), found[0]
+        with pytest.raises(subprocess.TimeoutExpired):
+            slow.wait(1.5)
+
+
+def test_a_file_of_stacks_keeps_the_newest(tmp_path: Path) -> None:
     """Its size is bounded, only its owner reads it, and a link is not followed."""
     path = tmp_path / STACKS_FILE
-    monkeypatch.setattr(stacks, "_FILE_BYTES_MAX", 10_000)
     for number in range(30):
-        append_stacks(path, f"reason {number}", {"rank 0": "x" * 1000, "rank 1": "y"})
+        append_stacks(path, f"reason {number}", {"rank 0": "x" * 1000, "rank 1": "y"}, bytes_max=10_000)
     text = path.read_text()
     assert 1000 < len(text) < 12_000
     assert text.index("reason 28\nrank 0:\nxxx") < text.index("reason 29\nrank 0:\nxxx") < text.rindex("rank 1:\ny")

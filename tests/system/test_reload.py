@@ -88,7 +88,9 @@ def test_a_hangup_reads_the_file_and_a_wrong_one_changes_nothing(service: Serve)
     assert done["changed"].startswith("checkpoint.keep_last: ")
     assert done["changed"].endswith(" -> 6")
     with stub_of(service) as stub:
-        calls = stub.ListAdminCalls(admin.ListAdminCallsRequest(limit=2)).calls
+        newest = admin.ListAdminCallsRequest(limit=2)
+        wait_for(lambda: stub.ListAdminCalls(newest).calls[0].outcome != "")  # noted after the event
+        calls = stub.ListAdminCalls(newest).calls
         assert stub.GetStatus(admin.GetStatusRequest()).state == admin.RUN_STATE_RUNNING
     assert [(call.caller, call.outcome) for call in calls] == [("SIGHUP", "OK"), ("SIGHUP", "INVALID_ARGUMENT")]
 

@@ -74,7 +74,7 @@ def test_a_controller_that_always_commands_a_rollback_is_refused(tmp_path: Path)
 
     arguments = ["training.job=support.user_jobs:Line", "training.epochs=100000000", "training.device=cpu"]
     arguments += ["training.options.lr=0.001", "training.options.samples=400", "rollback.fast_budget_s=20"]
-    arguments += ["rollback.per_steps=100000000"]  # its epochs take milliseconds, but she does not always answer so soon
+    arguments.append("rollback.per_steps=100000000")  # epochs take milliseconds, and she may answer later than that
     with (
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(serving(FakeTamiyo(roll_back), FakeKasmina(), FakeParticipant())) as peers,

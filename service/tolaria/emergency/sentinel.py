@@ -39,7 +39,7 @@ _LOOK_S_MIN, _LOOK_S_MAX = 0.02, 0.5
 _PHASES = {phase.value: phase.name.lower() for phase in LanePhase}
 _LINE_BYTES_MAX = 2000  # far below PIPE_BUF, so that a line is written whole, and at once when the pipe has room
 _STACKS_S = 5.0
-"""How long a disk that hangs may keep the sentinel from what comes next."""
+"""How long collecting stacks, and a disk that hangs, may keep the sentinel from what comes next."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,7 @@ def stacks_of(pids: Mapping[int, int]) -> dict[int, str]:
             found[rank] = f"no stacks of process {pid}: {error.strerror or error}"
     began_s, has_signalled = time.monotonic(), False
     while (waited_s := time.monotonic() - began_s) < _ANSWER_S and not all(
-        each.has_answered for each in asked.values()
+        each.has_answered() for each in asked.values()
     ):
         if waited_s > _THREAD_ANSWERS_S and not has_signalled:
             for each in asked.values():
@@ -167,9 +167,8 @@ class _Asked:
         self._signalled = False
         self._size, self._changed_s = 0, 0.0
 
-    @property
     def has_answered(self) -> bool:
-        """Whether its dump is complete."""
+        """Looks at its memory; returns whether the dump is complete."""
         now_s, size = time.monotonic(), os.fstat(self._memory).st_size
         if size != self._size:
             self._size, self._changed_s = size, now_s

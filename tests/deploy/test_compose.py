@@ -144,7 +144,7 @@ def test_peers_attach_to_the_board_that_tolaria_creates(services: dict[str, Any]
             while not beaten and child.poll() is None:
                 seen = created.wait(seen, timeout_s=1.0)
                 beaten = created.read(peer).heartbeat_ns
-            child.communicate(timeout=60)
+            child.communicate(timeout=180)
             assert beaten
 
 

@@ -175,7 +175,7 @@ def test_the_command_of_the_other_machine_runs(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TOLARIA_")}
     done = subprocess.run(
         [sys.executable, "-m", "tolaria", *arguments, "--wait=0"],
-        check=False, capture_output=True, text=True, cwd=tmp_path, timeout=60,
+        check=False, capture_output=True, text=True, cwd=tmp_path, timeout=180,
         env=environment | {"PYTHONPATH": python_path()},
     )  # fmt: skip
     assert (done.returncode, "no service at 127.0.0.1" in done.stderr) == (3, True), done.stderr

@@ -105,7 +105,7 @@ def http_collector() -> Iterator[Collector]:
     finally:
         server.shutdown()
         server.server_close()
-        thread.join(5)
+        thread.join(180)
 
 
 @contextmanager

@@ -76,7 +76,7 @@ class GatedJob(TinyJob):
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         if self.seen:
             self.entered.release()
-            if not self.passes.acquire(timeout=60):
+            if not self.passes.acquire(timeout=180):
                 raise TimeoutError("no pass was released")
         return super().losses(model, batch)
 
@@ -335,7 +335,7 @@ class CollapsingJob(GatedJob):
         if collapses:
             if epoch in self.gated:
                 self.validating.set()
-                assert self.passes.acquire(timeout=60)
+                assert self.passes.acquire(timeout=180)
             self.remaining[epoch] -= 1
             self.collapsed += 1
         return Evaluation(1.0 * batch.samples, round((0.1 if collapses else 0.9) * batch.samples), batch.samples)

@@ -185,13 +185,13 @@ class RunningLane:
         self.lane.send(self._ids, command)
         return self._ids
 
-    def wait_for(self, kind: type[E], *, number: int = 1, timeout_s: float = 60.0) -> E:
+    def wait_for(self, kind: type[E], *, number: int = 1, timeout_s: float = 180.0) -> E:
         """Waits for the event of that type and number, counted from 1."""
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.all_of(kind)) >= number, timeout_s), self.events[-5:]
             return self.all_of(kind)[number - 1]
 
-    def done(self, command_id: int, *, timeout_s: float = 60.0) -> CommandDone:
+    def done(self, command_id: int, *, timeout_s: float = 180.0) -> CommandDone:
         """Waits for the event of that command."""
 
         def found() -> CommandDone | None:

@@ -135,8 +135,8 @@ def bare_server() -> Iterator[Call]:
     try:
         with grpc.insecure_channel(child.stdout.readline().strip()) as channel:
             method: Any = channel.unary_unary("/bare/Echo")
-            method(b"", timeout=60)
-            yield lambda: method.future(b"", timeout=60)
+            method(b"", timeout=180)
+            yield lambda: method.future(b"", timeout=180)
     finally:
         child.stdin.close()
         child.stdout.close()

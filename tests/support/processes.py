@@ -150,7 +150,7 @@ def stub_of(service: Serve) -> Iterator[TolariaAdminServiceStub]:
 
 def status(stub: TolariaAdminServiceStub) -> admin.GetStatusResponse:
     """Returns the current status."""
-    answer: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=60)
+    answer: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=180)
     return answer
 
 

@@ -119,7 +119,7 @@ class PrometheusServer:
     def get(self, path: str, **parameters: str) -> Any:
         """Returns the data of an answer of the HTTP API."""
         url = f"http://{self.address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-        with urllib.request.urlopen(url, timeout=60) as response:
+        with urllib.request.urlopen(url, timeout=180) as response:
             return json.load(response)["data"]
 
     def value(self, expression: str) -> float | None:

@@ -80,7 +80,7 @@ def test_data_for_buf_curl_are_requests(name: str) -> None:
 
 def metrics(service: Serve) -> str:
     """Returns the metrics of the service."""
-    with urllib.request.urlopen(f"http://{service.addresses()[1]}/metrics", timeout=60) as response:
+    with urllib.request.urlopen(f"http://{service.addresses()[1]}/metrics", timeout=180) as response:
         return str(response.read().decode())
 
 

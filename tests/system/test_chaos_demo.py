@@ -101,7 +101,7 @@ def test_ctrl_c_in_the_middle_leaves_no_process(tmp_path: Path) -> None:
         assert len(running) > 8
         os.kill(ranks[0][1], signal.SIGSTOP)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=180)
     assert process.returncode == 130
     assert "ended by SIGINT" in err
     wait_for(lambda: tree.running() == ())

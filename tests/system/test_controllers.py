@@ -44,22 +44,22 @@ def test_kills_of_the_controller_and_of_the_service_cause_no_rollback(tmp_path: 
         wait_for(lambda: status(stub).epoch > killed_at + 3)
         assert len(remembered.read_bytes()) >= size > 0
         assert (status(stub).rollbacks, status(stub).state) == (0, admin.RUN_STATE_RUNNING)
-        stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=60)
-        answer = stub.AdjustLearningRate(slower, timeout=60)
+        stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=180)
+        answer = stub.AdjustLearningRate(slower, timeout=180)
         service.process.kill()
         service.wait()
     with serve(*arguments, cwd=tmp_path, reference_peers=True) as service, stub_of(service) as stub:
         resumed = status(stub)
         (kept,) = resumed.adjustments
         assert (kept.request_id, kept.factor, kept.expires_at_step) == ("slower", 0.1, 0)
-        assert stub.AdjustLearningRate(slower, timeout=60) == answer
+        assert stub.AdjustLearningRate(slower, timeout=180) == answer
         started = status(stub).epoch
         wait_for(lambda: status(stub).epoch > started + 3)
         now = status(stub)
         assert (now.rollbacks, len(now.adjustments)) == (0, 1)
         assert now.learning_rates["host"] == pytest.approx(1e-4)
         request = admin.TriggerRollbackRequest(request_id="r", reason="odd")
-        done = stub.TriggerRollback(request, timeout=60)
+        done = stub.TriggerRollback(request, timeout=180)
         assert done.state_digest == done.expected_digest
         back = status(stub)
         assert list(back.adjustments) == list(now.adjustments)

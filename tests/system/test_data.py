@@ -49,7 +49,7 @@ SKIPPED: Final = range(4 * (16 * 3 + 4), 4 * (16 * 3 + 8))
 def skip(stub: TolariaAdminServiceStub) -> None:
     """Has these batches left out."""
     request = admin.SkipDataRequest(request_id="skip", reason="a bad shard", epoch=4, from_batch=4, to_batch=7)
-    assert stub.SkipData(request, timeout=60).skip.passed == 0
+    assert stub.SkipData(request, timeout=180).skip.passed == 0
 
 
 def trained_on(directory: Path) -> list[float]:
@@ -75,7 +75,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
         skip(stub)
         wait_for(lambda: status(stub).epoch > 2)
         shown = status(stub)
-        with urllib.request.urlopen(f"http://{service.addresses()[1]}/metrics", timeout=60) as answer:
+        with urllib.request.urlopen(f"http://{service.addresses()[1]}/metrics", timeout=180) as answer:
             metrics = answer.read().decode()
         assert service.wait() == 0
     return Undisturbed(directory, last_checkpoint(directory), shown, metrics)
@@ -90,14 +90,14 @@ def run_disturbed(directory: Path, *arguments: str, rank: int = 0) -> tuple[int,
         skip(stub)
         wait_for(lambda: status(stub).global_step > 20)
         back = admin.TriggerRollbackRequest(request_id="r", tier=ROLLBACK_TIER_FAST, reason="look", target_step=12)
-        assert stub.TriggerRollback(back, timeout=60).restored_step <= 12
+        assert stub.TriggerRollback(back, timeout=180).restored_step <= 12
         wait_for(lambda: status(stub).global_step > 24)
         os.kill(status(stub).ranks[rank].pid, signal.SIGKILL)
         wait_for(lambda: status(stub).global_step > 60)
         service.process.kill()
         service.wait()
     with serve(*RUN, *arguments, cwd=directory) as service, stub_of(service) as stub:
-        (kept,) = stub.ListDataSkips(admin.ListDataSkipsRequest(), timeout=60).skips
+        (kept,) = stub.ListDataSkips(admin.ListDataSkipsRequest(), timeout=180).skips
         assert (kept.reason, kept.ranges[0].from_batch) == ("a bad shard", 4)
         assert service.wait() == 0
     return last_checkpoint(directory)
@@ -156,7 +156,7 @@ def tolaria(*words: str, cwd: Path) -> Any:
     """Runs the command; returns what it prints as JSON."""
     command = [sys.executable, "-m", "tolaria", *words, "--json"]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=True, cwd=cwd, env={"PYTHONPATH": python_path()}
+        command, capture_output=True, text=True, timeout=180, check=True, cwd=cwd, env={"PYTHONPATH": python_path()}
     )
     return json.loads(done.stdout)
 

@@ -104,7 +104,7 @@ def test_a_hanging_job_does_not_prevent_shutdown(tmp_path: Path) -> None:
     """If a microbatch never returns, SIGTERM ends the process within the drain timeout, with exit code 1."""
     arguments = ["training.job=support.jobs:StuckJob", "service.drain_timeout_s=4"]
     with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
-        wait_for(lambda: stub.GetStatus(admin.GetStatusRequest(), timeout=60).phase == "starting")  # the first step
+        wait_for(lambda: stub.GetStatus(admin.GetStatusRequest(), timeout=180).phase == "starting")  # the first step
         started = time.monotonic()
         service.terminate()
         assert service.wait() == 1

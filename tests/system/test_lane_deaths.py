@@ -71,7 +71,7 @@ def test_a_death_costs_nothing_but_time(
     arguments = [*FINITE, *peers, *limits, "training.options.at=100", f"training.options.how={how}"]
     with serve(*arguments, "service.exit_when_done=true", cwd=tmp_path) as service, stub_of(service) as stub:
         wait_for(lambda: losses(service) != [] or service.process.poll() is not None)
-        listed = stub.ListIncidents(admin.ListIncidentsRequest(), timeout=60).incidents
+        listed = stub.ListIncidents(admin.ListIncidentsRequest(), timeout=180).incidents
         assert service.wait() == 0
     (lost,) = losses(service)
     assert lost["cause"] == kind

@@ -41,18 +41,18 @@ def test_a_paused_run_is_paused_after_a_death(tmp_path: Path) -> None:
     """Meanwhile status says so, and requests that need the lane are refused with a reason; resuming goes on."""
     with serve(*ENDLESS, cwd=tmp_path) as service, stub_of(service) as stub:
         wait_for(lambda: status(stub).global_step > 200)
-        stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=60)
+        stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=180)
         before = lane_of(service)
         os.kill(before, signal.SIGKILL)
         wait_for(lambda: losses(service) != [])
         with pytest.raises(grpc.RpcError) as refused:
-            stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=60)
+            stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=180)
         assert refused.value.code() is grpc.StatusCode.ABORTED
         wait_for(lambda: recoveries(service) == 1)
         step = status(stub).global_step
         time.sleep(0.5)
         assert (status(stub).state, status(stub).global_step) == (PAUSED, step)
-        stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="r", reason="go on"), timeout=60)
+        stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="r", reason="go on"), timeout=180)
         wait_for(lambda: status(stub).global_step > step + 100)
         assert lane_of(service) not in {0, before}
 
@@ -63,7 +63,7 @@ def test_a_lane_that_is_stopped_while_it_rests_is_noticed(peers: list[str], tmp_
     limits = ["emergency.heartbeat_timeout_s=4", "emergency.phase_timeout_s=5"]
     with serve(*ENDLESS, *peers, *limits, cwd=tmp_path) as service, stub_of(service) as stub:
         wait_for(lambda: status(stub).global_step > 50)
-        stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=60)
+        stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=180)
         time.sleep(7)  # a rest is no silence
         assert losses(service) == []
         stop_for_good(lane_of(service))
@@ -94,7 +94,9 @@ def test_what_operators_do_works_before_and_after_a_death(tmp_path: Path) -> Non
     """Rollbacks of both tiers, learning rates, checkpoints and profiles; an adjusted rate outlives the death."""
     with serve(*ENDLESS, "rollback.fast_budget_s=20", cwd=tmp_path) as service, stub_of(service) as stub:
         wait_for(lambda: status(stub).global_step > 200)
-        stub.AdjustLearningRate(admin.AdjustLearningRateRequest(request_id="lr", reason="calm", factor=0.5), timeout=60)
+        stub.AdjustLearningRate(
+            admin.AdjustLearningRateRequest(request_id="lr", reason="calm", factor=0.5), timeout=180
+        )
         operate(stub, "before")
         os.kill(lane_of(service), signal.SIGSEGV)
         wait_for(lambda: recoveries(service) == 1)
@@ -105,14 +107,14 @@ def test_what_operators_do_works_before_and_after_a_death(tmp_path: Path) -> Non
 
 def operate(stub: TolariaAdminServiceStub, name: str) -> None:
     """Has a checkpoint and a profile made, and rolls back by both tiers."""
-    stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id=f"c{name}", reason="now"), timeout=60)
+    stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id=f"c{name}", reason="now"), timeout=180)
     profile = stub.CaptureProfile(
-        admin.CaptureProfileRequest(request_id=f"f{name}", reason="look", active_steps=3), timeout=60
+        admin.CaptureProfileRequest(request_id=f"f{name}", reason="look", active_steps=3), timeout=180
     )
     assert Path(profile.path).stat().st_size > 0
     for tier in (1, 2):
         request = admin.TriggerRollbackRequest(request_id=f"{name}{tier}", tier=tier, reason="odd")  # type: ignore[arg-type]
-        back = stub.TriggerRollback(request, timeout=60)
+        back = stub.TriggerRollback(request, timeout=180)
         assert (back.tier, back.state_digest) == (tier, back.expected_digest)
 
 
@@ -144,7 +146,7 @@ def test_a_run_can_be_ended_while_its_lane_is_being_started_again(how: str, tmp_
         os.kill(lane_of(service), signal.SIGKILL)
         wait_for(lambda: status(stub).state == RECOVERING)
         if how == "stop":
-            stub.StopTraining(admin.StopTrainingRequest(request_id="s", reason="enough"), timeout=60)
+            stub.StopTraining(admin.StopTrainingRequest(request_id="s", reason="enough"), timeout=180)
         else:
             service.terminate()
         assert service.wait() == 0

@@ -82,7 +82,7 @@ def test_starts_with_workers_always_answer(
         directory.mkdir()
         persistent = f"training.options.persistent={str(number % 2 == 1).lower()}"
         with bare_server() as bare, serve(*JOB, persistent, cwd=directory) as service, stub_of(service) as stub:
-            call = partial(stub.GetStatus.future, admin.GetStatusRequest(), timeout=60)
+            call = partial(stub.GetStatus.future, admin.GetStatusRequest(), timeout=180)
             with sampled(service.process.pid, call, bare) as latencies:
                 wait_for(lambda: step(stub) > 2 and latencies.calls > 300)
             with capsys.disabled():

@@ -143,7 +143,7 @@ def test_two_machines_train_one_model_and_lose_each_other(tmp_path: Path, reques
         assert not any(map(is_alive, ranks.values()))
         second = machines.join()
         wait_for(lambda: "waiting for its next start" in machines.joined())
-        stub.StopTraining(admin.StopTrainingRequest(request_id="s", reason="enough"), timeout=60)
+        stub.StopTraining(admin.StopTrainingRequest(request_id="s", reason="enough"), timeout=180)
         assert second.wait(180) == 0
         assert machines.joined().endswith("the run has ended\n")
 
@@ -156,10 +156,10 @@ def test_two_machines_train_one_model_and_lose_each_other(tmp_path: Path, reques
 def roll_back(stub: TolariaAdminServiceStub) -> None:
     """Rolls back by both tiers, which every rank proves."""
     wait_for(lambda: status(stub).global_step > 100)
-    stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=60)
+    stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=180)
     for tier in (1, 2):
         request = admin.TriggerRollbackRequest(request_id=f"r{tier}", tier=tier, reason="odd")  # type: ignore[arg-type]
-        back = stub.TriggerRollback(request, timeout=60)
+        back = stub.TriggerRollback(request, timeout=180)
         assert (back.tier, back.state_digest) == (tier, back.expected_digest)
 
 

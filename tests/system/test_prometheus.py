@@ -50,10 +50,10 @@ def test_faults_of_a_run_are_alerts_that_clear(tmp_path: Path) -> None:
             wait_for(lambda: dotted.firing() == {"TolariaNamesNotEscaped"}, every_s=0.2)
 
             raised = admin.RaiseEmergencyRequest(request_id="1", level=EMERGENCY_LEVEL_HALT, reason="a test")
-            stub.RaiseEmergency(raised, timeout=60)
+            stub.RaiseEmergency(raised, timeout=180)
             firing("TolariaHalted")
-            stub.ClearEmergency(admin.ClearEmergencyRequest(request_id="2", reason="over"), timeout=60)
-            stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="3", reason="on"), timeout=60)
+            stub.ClearEmergency(admin.ClearEmergencyRequest(request_id="2", reason="over"), timeout=180)
+            stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="3", reason="on"), timeout=180)
             firing()
 
             (state / "checkpoints").rename(state / "elsewhere")

@@ -51,7 +51,7 @@ class Site:
         if password:
             request.add_header("Authorization", "Basic " + base64.b64encode(f"prom:{password}".encode()).decode())
         try:
-            with urllib.request.urlopen(request, context=context, timeout=60) as answer:  # noqa: S310 - https
+            with urllib.request.urlopen(request, context=context, timeout=180) as answer:  # noqa: S310 - https
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()

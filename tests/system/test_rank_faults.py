@@ -38,7 +38,7 @@ def test_a_rank_that_holds_its_gil_is_found_and_an_operator_can_look_at_all_rank
     how = ["training.options.at=40", "training.options.how=gil", "training.options.on=1"]
     with serve(*GROUP, *ENDLESS, *limits, *how, *peers, cwd=tmp_path) as service, stub_of(service) as stub:
         wait_for(lambda: named(service, "tolaria.lane_recovered") != [])
-        incidents = str(stub.ListIncidents(admin.ListIncidentsRequest(), timeout=60).incidents)
+        incidents = str(stub.ListIncidents(admin.ListIncidentsRequest(), timeout=180).incidents)
         assert "rank 0: all_reduce (distributed_c10d.py:" in incidents
         assert "; rank 1: die (mortal_jobs.py:" in incidents
         stacks = (tmp_path / "state" / "stacks.txt").read_text()
@@ -47,7 +47,7 @@ def test_a_rank_that_holds_its_gil_is_found_and_an_operator_can_look_at_all_rank
         wait_for(lambda: status(stub).global_step > 60)
         trace_both(stub, tmp_path / "state" / "traces")
         halt = admin.RaiseEmergencyRequest(request_id="h", reason="look", level=EMERGENCY_LEVEL_HALT)
-        stub.RaiseEmergency(halt, timeout=60)
+        stub.RaiseEmergency(halt, timeout=180)
         wait_for(lambda: len(named(service, "lane_stacks")) == 2)
         assert named(service, "lane_stacks")[-1]["why"] == "halted: emergency: look"
         later = (tmp_path / "state" / "stacks.txt").read_text()[len(stacks) :]
@@ -60,11 +60,11 @@ def trace_both(stub: TolariaAdminServiceStub, traces: Path) -> None:
     pids = {rank.rank: rank.pid for rank in status(stub).ranks}
     for rank in (1, 0):
         request = admin.CaptureProfileRequest(request_id=f"p{rank}", reason="slow", active_steps=3, rank=rank)
-        path = Path(stub.CaptureProfile(request, timeout=60).path)
+        path = Path(stub.CaptureProfile(request, timeout=180).path)
         assert (path.parent, "-rank1." in path.name) == (traces, rank == 1)
         events = json.loads(path.read_text())["traceEvents"]
         assert any(event.get("pid") == pids[rank] and event.get("name") == "optimizer" for event in events)
     request = admin.CaptureProfileRequest(request_id="p2", reason="slow", active_steps=3, rank=2)
     with pytest.raises(grpc.RpcError, match="rank: must be below 2, is 2"):
-        stub.CaptureProfile(request, timeout=60)
+        stub.CaptureProfile(request, timeout=180)
     assert len(list(traces.iterdir())) == 2

@@ -98,11 +98,11 @@ def die(
         os.kill(ranks_of(agent_of(service))[1], signal.SIGKILL)
     elif moment == "checkpoint":
         with pytest.raises(grpc.RpcError, match="the lane has died"):
-            stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id=f"c{number}", reason="now"), timeout=60)
+            stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id=f"c{number}", reason="now"), timeout=180)
     elif moment == "rollback":
         wait_for(lambda: any(point.stable for point in points(stub)))
         with suppress(grpc.RpcError):  # it may be carried out after the recovery
-            stub.TriggerRollback(admin.TriggerRollbackRequest(request_id=f"r{number}", reason="odd"), timeout=60)
+            stub.TriggerRollback(admin.TriggerRollbackRequest(request_id=f"r{number}", reason="odd"), timeout=180)
     wait_for(lambda: not (directory / "order").exists())
     wait_for(lambda: status(stub).state == admin.RUN_STATE_RUNNING and recovered(service) > deaths)
     wait_for(lambda: status(stub).global_step > step)  # so that no batch is met twice
@@ -110,4 +110,4 @@ def die(
 
 def points(stub: TolariaAdminServiceStub) -> Sequence[admin.RestorePoint]:
     """Returns the restore points."""
-    return stub.ListRestorePoints(admin.ListRestorePointsRequest(), timeout=60).restore_points
+    return stub.ListRestorePoints(admin.ListRestorePointsRequest(), timeout=180).restore_points

@@ -61,16 +61,18 @@ def test_what_operators_do_works_on_the_group(peers: list[str], tmp_path: Path) 
         assert ranks == {rank: (pid, "cpu") for rank, pid in ranks_of(agent_of(service)).items()}
         assert listeners(agent_of(service), *ranks_of(agent_of(service)).values()) == {"loopback"}
         operate(stub, "one")
-        stub.AdjustLearningRate(admin.AdjustLearningRateRequest(request_id="lr", reason="calm", factor=0.5), timeout=60)
-        stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=60)
+        stub.AdjustLearningRate(
+            admin.AdjustLearningRateRequest(request_id="lr", reason="calm", factor=0.5), timeout=180
+        )
+        stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=180)
         step = status(stub).global_step
         time.sleep(4)
         assert status(stub).global_step == step
         operate(stub, "two", profile=False)
-        stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="r", reason="go on"), timeout=60)
+        stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="r", reason="go on"), timeout=180)
         wait_for(lambda: status(stub).global_step > step + 50)
         assert status(stub).learning_rates["host"] == pytest.approx(0.0005)
-        stub.StopTraining(admin.StopTrainingRequest(request_id="s", reason="enough"), timeout=60)
+        stub.StopTraining(admin.StopTrainingRequest(request_id="s", reason="enough"), timeout=180)
         wait_for(lambda: status(stub).state == admin.RUN_STATE_FINISHED)
     assert named(service, "tolaria.lane_lost") == []
 
@@ -94,13 +96,13 @@ def test_a_sharded_run_recovers_is_operated_and_goes_on_in_one_process(peers: li
 
 def operate(stub: TolariaAdminServiceStub, name: str, *, profile: bool = True) -> None:
     """Has a checkpoint and a profile made, and rolls back by both tiers."""
-    stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id=f"c{name}", reason="now"), timeout=60)
+    stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id=f"c{name}", reason="now"), timeout=180)
     if profile:
         request = admin.CaptureProfileRequest(request_id=f"f{name}", reason="look", active_steps=3)
-        assert Path(stub.CaptureProfile(request, timeout=60).path).stat().st_size > 0
+        assert Path(stub.CaptureProfile(request, timeout=180).path).stat().st_size > 0
     for tier in (1, 2):
         back = stub.TriggerRollback(
             admin.TriggerRollbackRequest(request_id=f"{name}{tier}", tier=tier, reason="odd"),  # type: ignore[arg-type]
-            timeout=60,
+            timeout=180,
         )
         assert (back.tier, back.state_digest) == (tier, back.expected_digest)

@@ -33,7 +33,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     with serve(*SLOW, *LIMITS, f"state.dir={folder / 'state'}", cwd=folder) as started:
         started.addresses()
         with stub_of(started) as stub:
-            wait_for(lambda: stub.GetStatus(admin.GetStatusRequest(), timeout=60).global_step > 0)
+            wait_for(lambda: stub.GetStatus(admin.GetStatusRequest(), timeout=180).global_step > 0)
         yield started
 
 
@@ -63,7 +63,7 @@ def test_a_call_changes_what_can_change_and_names_the_rest(service: Serve) -> No
     write(folder_of(service), "keep_last = 5", "[rollback]\nmemory_mb = 99")
     with stub_of(service) as stub:
         before = stub.GetStatus(admin.GetStatusRequest())
-        answer = stub.ReloadConfig(admin.ReloadConfigRequest(request_id="1", reason="more"), timeout=60)
+        answer = stub.ReloadConfig(admin.ReloadConfigRequest(request_id="1", reason="more"), timeout=180)
         calls = stub.ListAdminCalls(admin.ListAdminCallsRequest()).calls
     assert [(one.name, one.before, one.after) for one in answer.changed] == [("checkpoint.keep_last", "3", "5")]
     assert [(one.name, one.before, one.after) for one in answer.waiting] == [("rollback.memory_mb", "256", "99")]
@@ -98,7 +98,7 @@ def test_a_hangup_reads_the_file_and_a_wrong_one_changes_nothing(service: Serve)
 def ready(service: Serve) -> tuple[int, str]:
     """Returns what `/readyz` says."""
     try:
-        with urllib.request.urlopen(f"http://{service.addresses()[1]}/readyz", timeout=60) as response:
+        with urllib.request.urlopen(f"http://{service.addresses()[1]}/readyz", timeout=180) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -117,11 +117,11 @@ def test_a_stopping_service_is_first_not_ready_then_refuses_then_saves(service: 
         step = stub.GetStatus(admin.GetStatusRequest()).global_step
         wait_for(lambda: stub.GetStatus(admin.GetStatusRequest()).global_step > step)  # a step has just begun
         assert ready(service)[0] == 200
-        stub.Shutdown(admin.ShutdownRequest(request_id="9", reason="new kernel"), timeout=60)
+        stub.Shutdown(admin.ShutdownRequest(request_id="9", reason="new kernel"), timeout=180)
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         code, text = ready(service)
         with pytest.raises(grpc.RpcError) as caught:
-            stub.PauseTraining(admin.PauseTrainingRequest(request_id="10", reason="late"), timeout=60)
+            stub.PauseTraining(admin.PauseTrainingRequest(request_id="10", reason="late"), timeout=180)
         status = stub.GetStatus(admin.GetStatusRequest())
         saved = [event["step"] for event in events(service, "checkpoint_written")]
         assert code == 503

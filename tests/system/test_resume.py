@@ -91,12 +91,12 @@ def test_a_killed_service_resumes_and_ends_in_the_same_state(tmp_path: Path, pee
     with serve(*arguments, cwd=killed) as service, stub_of(service) as stub:
         wait_for(lambda: status(stub).global_step > 10 * STEPS)
         assert [seed.seed_id for seed in status(stub).seeds] == ["a"]
-        kept = stub.CreateCheckpoint(request, timeout=60)
+        kept = stub.CreateCheckpoint(request, timeout=180)
         service.process.kill()
         service.wait()
     assert 10 * STEPS < kept.global_step < epochs * STEPS
     with serve(*arguments, cwd=killed) as service, stub_of(service) as stub:
-        assert stub.CreateCheckpoint(request, timeout=60) == kept
+        assert stub.CreateCheckpoint(request, timeout=180) == kept
         assert service.wait() == 0
     resumed = first_event(service, "resumed")
     assert resumed["step"] >= kept.global_step  # type: ignore[operator] # a number
@@ -116,7 +116,7 @@ def test_one_state_directory_is_used_by_successive_services(tmp_path: Path, peer
         roll_back_by_both_tiers(stub)
         verified = subprocess.run(
             [sys.executable, "-m", "tolaria", "verify", "--state-dir", str(tmp_path / "state")],
-            capture_output=True, text=True, timeout=60, check=False, env={"PYTHONPATH": python_path()},
+            capture_output=True, text=True, timeout=180, check=False, env={"PYTHONPATH": python_path()},
         )  # fmt: skip
         assert (verified.returncode, verified.stderr) == (0, ""), verified
         with serve("training.job=support.jobs:raising_factory", cwd=tmp_path) as second:
@@ -133,7 +133,7 @@ def test_one_state_directory_is_used_by_successive_services(tmp_path: Path, peer
     with serve(*arguments, "service.exit_when_done=true", cwd=tmp_path) as service, stub_of(service) as stub:
         assert first_event(service, "resumed")["run_id"] == run_id
         assert status(stub).global_step >= before
-        stub.StopTraining(admin.StopTrainingRequest(request_id="s", reason="enough"), timeout=60)
+        stub.StopTraining(admin.StopTrainingRequest(request_id="s", reason="enough"), timeout=180)
         assert service.wait() == 0
     with serve(*JOB, *peers, "training.epochs=1", "service.exit_when_done=true", cwd=tmp_path) as service:
         assert service.wait() == 0
@@ -143,25 +143,25 @@ def test_one_state_directory_is_used_by_successive_services(tmp_path: Path, peer
 
 def roll_back_by_both_tiers(stub: TolariaAdminServiceStub) -> None:
     """Rolls back once by each tier: the digest is that of the listed point, and a repeat gets the same answer."""
-    kept = stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=60)
-    stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="to look"), timeout=60)
+    kept = stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=180)
+    stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="to look"), timeout=180)
     for tier in (ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL):
-        points = stub.ListRestorePoints(admin.ListRestorePointsRequest(), timeout=60).restore_points
+        points = stub.ListRestorePoints(admin.ListRestorePointsRequest(), timeout=180).restore_points
         newest = next(point for point in points if point.tier == tier and not point.superseded)
         request = admin.TriggerRollbackRequest(
             request_id=f"r{tier}", tier=tier, target_step=newest.global_step, reason="odd"
         )
-        back = stub.TriggerRollback(request, timeout=60)
+        back = stub.TriggerRollback(request, timeout=180)
         assert (back.tier, back.restored_step) == (tier, newest.global_step)
         assert back.state_digest == back.expected_digest == newest.digest
         assert back.coordinated
-        assert stub.TriggerRollback(request, timeout=60) == back
+        assert stub.TriggerRollback(request, timeout=180) == back
         assert status(stub).global_step == newest.global_step
         assert status(stub).state == admin.RUN_STATE_PAUSED
     assert back.restored_step >= kept.global_step
-    incidents = stub.ListIncidents(admin.ListIncidentsRequest(), timeout=60).incidents
+    incidents = stub.ListIncidents(admin.ListIncidentsRequest(), timeout=180).incidents
     assert [incident.kind for incident in incidents][:2] == ["rollback", "rollback"], incidents
-    stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="g", reason="fine"), timeout=60)
+    stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="g", reason="fine"), timeout=180)
     wait_for(lambda: status(stub).global_step > back.restored_step)
 
 
@@ -193,7 +193,7 @@ def test_a_cut_after_an_automatic_rollback_outlives_a_kill(request: pytest.Fixtu
         with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
             train_on(stub)
             if number == 1:  # the rollback goes to a later step than this one
-                stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=60)
+                stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=180)
                 train_on(stub)
             explode(stub, number)
             service.process.kill()
@@ -213,7 +213,7 @@ def train_on(stub: TolariaAdminServiceStub) -> None:
 def explode(stub: TolariaAdminServiceStub, number: int) -> None:
     """Sets a learning rate that cannot work, for three steps, and waits for the rollback of this number."""
     slip = admin.AdjustLearningRateRequest(request_id=f"slip{number}", reason="odd", value=10.0, expires_after_steps=3)
-    stub.AdjustLearningRate(slip, timeout=60)
+    stub.AdjustLearningRate(slip, timeout=180)
     wait_for(lambda: status(stub).rollbacks == number)
 
 

@@ -5,8 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,10 +13,11 @@ import pytest
 
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT
 from support.processes import is_alive
+from support.waiting import wait_for
 from tolaria.signals import SignalBoard
 
 HERE = Path(__file__).parent
-WAIT_S = 30.0
+WAIT_S = 180.0
 TIMEOUT_S, PHASE_TIMEOUT_S = 1.0, 3.0  # the stand-in's
 
 
@@ -57,16 +57,8 @@ def stand_in(folder: Path, silence: str) -> Iterator[StandIn]:
     finally:
         service.process.kill()
         service.process.communicate()
-        until(lambda: not is_alive(service.sentinel_pid))
+        wait_for(lambda: not is_alive(service.sentinel_pid))
         service.board.close()
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Polls until the condition is true."""
-    end_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
 
 
 def test_sentinel_acts_while_the_gil_is_held(tmp_path: Path, reader: Path) -> None:
@@ -84,7 +76,7 @@ def test_sentinel_acts_while_the_gil_is_held(tmp_path: Path, reader: Path) -> No
         assert "lane" in signal_seen.reason
         assert TIMEOUT_S * 0.8 < (signal_seen.raised_ns - beat_ns) / 1e9 < TIMEOUT_S * 10
         assert service.process.wait(WAIT_S) == -signal.SIGKILL
-        until(lambda: not is_alive(service.sentinel_pid))
+        wait_for(lambda: not is_alive(service.sentinel_pid))
         stacks = (tmp_path / "stacks.txt").read_text()
         assert stacks.index("no heartbeat of the event loop") < stacks.index("in hold_the_gil")
         assert service.logged() == [
@@ -99,13 +91,13 @@ def test_sentinel_detects_a_hanging_lane_beside_a_healthy_event_loop(tmp_path: P
     """A missing heartbeat of the lane alone raises HALT, and SIGTERM is enough to end the service."""
     with stand_in(tmp_path, "lane") as service:
         service.fall_silent()
-        until(service.board.effective)
+        wait_for(lambda: service.board.effective() is not None)
         signal_seen = service.board.effective()
         assert signal_seen is not None
         assert "the lane" in signal_seen.reason
         assert "event loop" not in signal_seen.reason
         assert service.process.wait(WAIT_S) == 77
-        until(lambda: not is_alive(service.sentinel_pid))
+        wait_for(lambda: not is_alive(service.sentinel_pid))
 
 
 def test_a_silent_service_whose_threads_run_survives_that_its_stacks_are_looked_at(tmp_path: Path) -> None:
@@ -130,7 +122,7 @@ def test_sentinel_permits_a_phase_its_own_silence(tmp_path: Path) -> None:
     """A lane that hangs in an evaluation is silent after the longer limit, and the reason names what it was doing."""
     with stand_in(tmp_path, "evaluate") as service:
         service.fall_silent()
-        until(service.board.effective)
+        wait_for(lambda: service.board.effective() is not None)
         signal_seen = service.board.effective()
         assert signal_seen is not None
         assert signal_seen.reason.endswith("while evaluating")
@@ -143,7 +135,7 @@ def test_sentinel_ignores_an_idle_lane(tmp_path: Path) -> None:
     with stand_in(tmp_path, "rest") as service:
         service.fall_silent()
         until_ns = service.board.read("sentinel").heartbeat_ns + int(2.5e9 * TIMEOUT_S)
-        until(lambda: service.board.read("sentinel").heartbeat_ns > until_ns)
+        wait_for(lambda: service.board.read("sentinel").heartbeat_ns > until_ns)
         assert service.board.effective() is None
         assert service.process.poll() is None
 
@@ -155,7 +147,7 @@ def test_sentinel_ends_with_its_service(tmp_path: Path, number: signal.Signals) 
         assert is_alive(service.sentinel_pid)
         service.process.send_signal(number)
         service.process.wait(WAIT_S)
-        until(lambda: not is_alive(service.sentinel_pid))
+        wait_for(lambda: not is_alive(service.sentinel_pid))
         assert service.logged() == []
 
 

@@ -27,7 +27,7 @@ BUF = Path(sys.executable).with_name("buf")
 def get(service: Serve, path: str) -> tuple[int, str]:
     """Returns status code and body of a page on the metrics port."""
     try:
-        with urllib.request.urlopen(f"http://{service.addresses()[1]}{path}", timeout=60) as response:
+        with urllib.request.urlopen(f"http://{service.addresses()[1]}{path}", timeout=180) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -41,16 +41,16 @@ def test_a_service_trains_answers_scrapes_and_drains(tmp_path: Path) -> None:
     with serve(*LONG, cwd=tmp_path, reference_peers=True) as service, stub_of(service) as stub:
         status = wait_for_steps(stub, 50)
         assert status.state == admin.RUN_STATE_RUNNING
-        paused = stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=60)
+        paused = stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=180)
         first = stub.GetStatus(admin.GetStatusRequest())
         for number in range(3):  # a lane that was not held would make steps between these
             request = admin.CreateCheckpointRequest(request_id=f"c{number}", reason="look")
-            assert stub.CreateCheckpoint(request, timeout=60).global_step == paused.global_step
+            assert stub.CreateCheckpoint(request, timeout=180).global_step == paused.global_step
         second = stub.GetStatus(admin.GetStatusRequest())
         assert first.state == second.state == admin.RUN_STATE_PAUSED
         assert first.global_step == second.global_step == paused.global_step
         assert second.state_reason == "look"
-        stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="r", reason="fine"), timeout=60)
+        stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="r", reason="fine"), timeout=180)
         wait_for_steps(stub, paused.global_step)
         code, text = get(service, "/metrics")
         assert code == 200
@@ -63,7 +63,7 @@ def test_a_service_trains_answers_scrapes_and_drains(tmp_path: Path) -> None:
                 assert health.Check(health_pb2.HealthCheckRequest(service=part)).status == 1, part
         children = service.children()
         assert len(children) == 4  # the lane, both peers and the sentinel
-        stream = stub.WatchStatus(admin.WatchStatusRequest(), timeout=60)
+        stream = stub.WatchStatus(admin.WatchStatusRequest(), timeout=180)
         next(stream)
         started = time.monotonic()
         service.terminate()
@@ -162,7 +162,7 @@ def test_an_independent_client_works_by_reflection(tmp_path: Path) -> None:
         def curl(method: str, data: str) -> subprocess.CompletedProcess[str]:
             url = f"http://{address}/leyline.v1.TolariaAdminService/{method}"
             command = [str(BUF), "curl", "--protocol", "grpc", "--http2-prior-knowledge", "--data", data, url]
-            return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
 
         assert json.loads(curl("GetStatus", "{}").stdout)["job"] == "digits"
         paused = curl("PauseTraining", '{"requestId": "1", "reason": "by buf"}')

@@ -67,7 +67,7 @@ def test_a_death_costs_neither_a_step_nor_the_import_of_torch(mode: list[str], r
     (tmp_path / "killed").mkdir()
     with serve(*FINITE, *mode, "lane.spare_after_s=0.1", cwd=tmp_path / "killed") as service, stub_of(service) as stub:
         wait_for(lambda: status(stub).global_step > 20)
-        stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="until one is ready"), timeout=60)
+        stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="until one is ready"), timeout=180)
         for deaths in (1, 2):
             wait_for(partial(is_ready_again, service, deaths, ranks))
             os.kill(status(stub).ranks[-1].pid, signal.SIGKILL)
@@ -75,7 +75,7 @@ def test_a_death_costs_neither_a_step_nor_the_import_of_torch(mode: list[str], r
         wait_for(partial(is_ready_again, service, 3, ranks))
         last = logged(service, "spare_lane_started")[-1]["pid"]
         all_ranks = [*children_of(last), *(rank.pid for rank in status(stub).ranks)]
-        stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="r", reason="go on"), timeout=60)
+        stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="r", reason="go on"), timeout=180)
         spares = [line["pid"] for line in logged(service, "spare_lane_started")]
         lanes = [line["pid"] for line in logged(service, "lane_started")]
         assert service.wait() == 0

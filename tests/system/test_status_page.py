@@ -263,7 +263,7 @@ def test_the_page_of_a_real_service_in_all_its_states(browser: Browser, tmp_path
                 lambda: browser.text("#state") == "paused" and browser.text("#state-reason") == "look at this"
             )
             browser.until(lambda: browser.text("#key-figures dd").replace(",", "") == str(status(stub).global_step))
-            points = stub.ListRestorePoints(admin.ListRestorePointsRequest(), timeout=60).restore_points
+            points = stub.ListRestorePoints(admin.ListRestorePointsRequest(), timeout=180).restore_points
             # Which it is depends on how long the browser took; before the first step there is no loss to be shown.
             oldest = min(point.global_step for point in points if point.global_step)
             stub.TriggerRollback(admin.TriggerRollbackRequest(request_id="r", reason=IMAGE, target_step=oldest))

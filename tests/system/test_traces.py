@@ -25,7 +25,7 @@ def test_traces_are_linked_across_processes(tmp_path: Path, monkeypatch: pytest.
         with serve("training.epochs=100000", cwd=tmp_path, reference_peers=True) as service, stub_of(service) as stub:
             collector.spans("tolaria.epoch", "kasmina/ExportSeedStates", "tolaria.checkpoint")
             request = admin.TriggerRollbackRequest(request_id="r-1", reason="practice")
-            stub.TriggerRollback(request, timeout=60, metadata=(("traceparent", CALLER),))
+            stub.TriggerRollback(request, timeout=180, metadata=(("traceparent", CALLER),))
             collector.spans("tolaria.rollback", "tamiyo/PrepareRollback")
             os.kill(status(stub).ranks[0].pid, signal.SIGKILL)
             spans = collector.spans("tolaria.lane_restart")

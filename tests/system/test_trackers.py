@@ -58,7 +58,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
         with serve(*SETTINGS, cwd=directory) as service, stub_of(service) as stub:
             wait_for(lambda: status(stub).global_step > 60)
             request = admin.TriggerRollbackRequest(request_id="r", tier=ROLLBACK_TIER_FAST, reason="to see it")
-            restored = stub.TriggerRollback(request, timeout=60).restored_step
+            restored = stub.TriggerRollback(request, timeout=180).restored_step
             wait_for(lambda: status(stub).global_step > restored + 20)
             log, children = service.events(), service.children()
             service.process.kill()
@@ -75,7 +75,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
 
 def first_frame(address: str) -> dict[str, Any]:
     """Opens the status page; returns all that it shows at first."""
-    with urllib.request.urlopen(f"http://{address}/page/events", timeout=60) as stream:
+    with urllib.request.urlopen(f"http://{address}/page/events", timeout=180) as stream:
         line = next(line for line in stream if line.startswith(b"data:"))
     found: dict[str, Any] = json.loads(line.removeprefix(b"data:"))
     return found

@@ -51,7 +51,7 @@ def test_a_kill_and_rollbacks_of_both_tiers_change_nothing(tmp_path: Path) -> No
         wait_for(lambda: status(stub).global_step > 120)
         for number, tier in enumerate((ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL)):
             request = admin.TriggerRollbackRequest(request_id=str(number), reason="test", tier=tier)
-            answer = stub.TriggerRollback(request, timeout=60)
+            answer = stub.TriggerRollback(request, timeout=180)
             assert answer.state_digest == answer.expected_digest != ""
         shown = status(stub)
         assert shown.learning_rate_schedule == "OneCycleLR of the job, by step"

@@ -187,9 +187,9 @@ def old_client_and_new_service(service: Serve, release: Path, cwd: Path) -> int:
     with stub_of(service) as stub:
         newer = admin.PauseTrainingRequest(request_id="p", reason="skew").SerializeToString() + b"\xfa\x3f\x01x"
         with pytest.raises(Exception, match=r"field 1023 of PauseTrainingRequest.*the client is newer") as refused:
-            stub.PauseTraining(admin.PauseTrainingRequest.FromString(newer), timeout=60)
+            stub.PauseTraining(admin.PauseTrainingRequest.FromString(newer), timeout=180)
         assert refused.value.code().name == "INVALID_ARGUMENT"  # type: ignore[attr-defined] # of grpc
         assert status(stub).state == admin.RUN_STATE_RUNNING
         read = admin.GetStatusRequest.FromString(b"\xfa\x3f\x01x")  # harmless where nothing is changed
-        assert stub.GetStatus(read, timeout=60).version == __version__
+        assert stub.GetStatus(read, timeout=180).version == __version__
     return int(answers[3]["globalStep"])

@@ -18,7 +18,7 @@ from tolaria.errors import ChildFailedError
 from tolaria.processes import ChildCommand, ChildSupervisor, RestartPolicy, supervised
 
 pytestmark = pytest.mark.anyio
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0
 AT_ONCE = RestartPolicy(pause_s=0.001, restarts_max=3)
 
 WELL_BEHAVED = "import sys; print('{\"ready\": true}', flush=True); sys.stdin.read()"

@@ -32,7 +32,7 @@ from tolaria.wire import (
     unpacked_id,
 )
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 180.0
 MAGIC = 0x7A0A
 
 

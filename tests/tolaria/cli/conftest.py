@@ -13,7 +13,7 @@ import pytest
 
 from support.fake_admin import FakeAdmin, serving
 
-_EXIT_TIMEOUT_S = 20.0
+_EXIT_TIMEOUT_S = 180.0
 
 
 @pytest.fixture(autouse=True)

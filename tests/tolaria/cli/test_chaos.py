@@ -172,7 +172,7 @@ def test_a_death_that_chaos_did_not_cause_is_recorded() -> None:
 def test_help_starts_nothing() -> None:
     """--help wins over everything beside it."""
     command = [sys.executable, "-m", "tolaria", "demo", "--ranks", "2", "--chaos", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={"COLUMNS": "200"}, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={"COLUMNS": "200"}, timeout=180)
     assert done.returncode == 0
     assert "--chaos" in done.stdout
     assert "starting" not in done.stdout

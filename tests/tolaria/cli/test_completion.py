@@ -83,7 +83,7 @@ def test_other_shells_get_the_same_ids(folder: Path, shell: str, variables: dict
     """By the protocol of their scripts."""
     done = subprocess.run(
         [TOLARIA], cwd=folder, env=environment(_TOLARIA_COMPLETE=f"complete_{shell}", **variables),
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
     assert "ab22" in done.stdout
     assert "aa11" in done.stdout

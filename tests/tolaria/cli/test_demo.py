@@ -381,7 +381,7 @@ def test_signal_stops_the_demo_and_its_service(child_fifo: ChildFifo, number: in
     with demo_process(child_fifo, "endless", stay=False) as process:
         read_until(process, "epoch 1/3")
         process.send_signal(number)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=180)
     child_fifo.wait_for_exit()
     assert process.returncode == code
     # gRPC may have logged the lost connection before.
@@ -394,7 +394,7 @@ def test_service_exits_when_the_demo_is_killed(child_fifo: ChildFifo) -> None:
     with demo_process(child_fifo, "endless", stay=False) as process:
         read_until(process, "epoch 1/3")
         process.kill()
-        process.communicate(timeout=30)
+        process.communicate(timeout=180)
     child_fifo.wait_for_exit()
 
 
@@ -405,7 +405,7 @@ def test_demo_with_stay_serves_until_ctrl_c(child_fifo: ChildFifo) -> None:
         read_until(process, "status   tolaria status --address 127.0.0.1:")
         read_until(process, "still serving; Ctrl-C ends it")
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=180)
     child_fifo.wait_for_exit()
     assert process.returncode == 0
     assert "tolaria:" not in err

@@ -84,7 +84,7 @@ def test_signal_during_start_exits_with_its_code_and_no_output(body: str, number
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"
         process.send_signal(number)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=180)
     assert (process.returncode, err) == (code, "")
     assert body != EVENT_LOOP or out == "cleaned up\n"
 
@@ -147,7 +147,7 @@ def test_a_hangup_during_start_does_nothing(body: str) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.5)
         process.terminate()
-        process.communicate(timeout=30)
+        process.communicate(timeout=180)
     assert process.returncode == 143
 
 

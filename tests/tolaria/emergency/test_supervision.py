@@ -39,7 +39,7 @@ from tolaria.signals import SignalBoard, mapping
 from tolaria.signals.layout import LanePhase
 
 pytestmark = pytest.mark.anyio
-TIMEOUT_S = 30.0
+TIMEOUT_S = 180.0
 NEVER_S = 60.0
 
 

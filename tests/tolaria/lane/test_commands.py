@@ -112,7 +112,7 @@ def test_a_held_lane_waits_between_microbatches_until_released() -> None:
         assert thread.is_alive()
         assert holds.numbers == list(range(1, number + 1))
         queue.put(0, Release())
-        thread.join(5)
+        thread.join(180)
         assert results == [True]
 
 
@@ -128,7 +128,7 @@ def test_a_second_hold_is_reported_with_its_own_number() -> None:
     assert holds.event.wait(180)
     assert holds.numbers == [1, 2]
     queue.put(0, Release())
-    thread.join(5)
+    thread.join(180)
     assert results == [True]
 
 
@@ -143,7 +143,7 @@ def test_a_held_idle_lane_takes_no_epoch_until_released() -> None:
     thread.join(0.05)
     assert thread.is_alive()
     queue.put(0, Release())
-    thread.join(5)
+    thread.join(180)
     assert results == [RunEpoch(3)]
 
 
@@ -155,7 +155,7 @@ def test_a_stop_abandons_a_held_step_and_ends_an_idle_lane() -> None:
     thread, results = in_thread(queue.continue_step)
     assert holds.event.wait(180)
     queue.put(0, Stop())
-    thread.join(5)
+    thread.join(180)
     assert results == [False]
     assert queue.next_work() is None
 
@@ -212,7 +212,7 @@ def test_any_command_abandons_a_held_step() -> None:
     thread, results = in_thread(queue.continue_step)
     assert holds.event.wait(180)
     queue.put(1, SEEDS)
-    thread.join(5)
+    thread.join(180)
     assert results == [False]
 
 
@@ -265,7 +265,7 @@ def test_of_two_threads_exactly_one_decides() -> None:
         thread, forbidden = in_thread(forbid)
         barrier.wait()
         granted = gate.grant(command_id, later)
-        thread.join(5)
+        thread.join(180)
         assert [granted] != forbidden
 
 
@@ -371,7 +371,7 @@ def test_a_hold_in_shared_memory_precedes_its_command() -> None:
     queue.put(0, Hold(5))
     wanted[0] = 0
     queue.put(0, Release())
-    thread.join(5)
+    thread.join(180)
     assert (results, holds.numbers) == ([True], [5])
 
 

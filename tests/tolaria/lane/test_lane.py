@@ -163,7 +163,7 @@ def gated(accumulate: int = 1) -> tuple[RunningLane, GatedJob]:
     assert isinstance(job, GatedJob)
     run = RunningLane(lane.lane(NoHeartbeat(), Path("unused")), lane.module)
     run.send(RunEpoch(1))
-    assert job.entered.acquire(timeout=10)
+    assert job.entered.acquire(timeout=180)
     return run, job
 
 
@@ -265,7 +265,7 @@ class LongValidationJob(SlotJob):
     def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
         if not self.passes.acquire(blocking=False):
             self.validating.set()
-            assert self.passes.acquire(timeout=30)
+            assert self.passes.acquire(timeout=180)
         return super().evaluate(model, batch)
 
 
@@ -445,7 +445,7 @@ def test_a_lane_far_ahead_of_its_client_waits() -> None:
     thread.join(0.05)
     assert thread.is_alive()
     assert steps_of(buffer) == [1, 2]
-    thread.join(5)
+    thread.join(180)
     assert steps_of(buffer) == [3]
 
 
@@ -456,7 +456,7 @@ def test_closing_releases_a_waiting_lane() -> None:
     thread = threading.Thread(target=buffer.put, args=(step(2),))
     thread.start()
     buffer.close()
-    thread.join(5)
+    thread.join(180)
     assert not thread.is_alive()
     buffer.put(step(3))
     assert len(buffer.take()) == 1

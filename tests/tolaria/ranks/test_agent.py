@@ -33,7 +33,7 @@ def test_only_ranks_of_this_agent_get_its_connection(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as stranger:  # this process is no child of itself
         stranger.connect("\0" + address)
         assert stranger.recv(1) == b""
-    done = subprocess.run([sys.executable, "-c", ASK, address], capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", ASK, address], capture_output=True, text=True, check=True, timeout=180)
     assert done.stdout.strip() == "2"
 
 
@@ -65,6 +65,6 @@ def test_a_rank_waits_for_its_leader_before_it_joins() -> None:
     follower.join(0.5)
     assert follower.is_alive()
     Group.await_leader(places[0])
-    follower.join(60)
+    follower.join(180)
     assert not follower.is_alive()
     Group.await_leader(RankEnvironment(1, 2))

@@ -32,7 +32,7 @@ from tolaria.reference.embedded import EmbeddedPeer, embedded_peers
 pytestmark = pytest.mark.anyio
 
 ENVIRONMENT = dict(os.environ)
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0
 
 # `tolaria peer` without the rest of the command line.
 PEER = """

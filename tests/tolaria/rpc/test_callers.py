@@ -76,7 +76,7 @@ async def code_of(channel: grpc.aio.Channel, method: str, token: str | None = No
     metadata = () if token is None else bearer(token)
     try:
         call: Any = channel.unary_unary(method)
-        await call(body, timeout=10, metadata=metadata)
+        await call(body, timeout=180, metadata=metadata)
     except grpc.aio.AioRpcError as error:
         return error.code()
     return STATUS.OK
@@ -131,10 +131,10 @@ async def test_a_caller_needs_a_token(kind: str, tokens: Path) -> None:
     async with protected_server(echo()[1], tokens=tokens) as server, channel_to(server) as channel:
         stub = stub_of(channel)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.GetStatus(admin.GetStatusRequest(), metadata=metadata, timeout=10)
+            await stub.GetStatus(admin.GetStatusRequest(), metadata=metadata, timeout=180)
         assert caught.value.code() is STATUS.UNAUTHENTICATED
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await anext(aiter(stub.WatchStatus(admin.WatchStatusRequest(), metadata=metadata, timeout=10)))
+            await anext(aiter(stub.WatchStatus(admin.WatchStatusRequest(), metadata=metadata, timeout=180)))
         assert caught.value.code() is STATUS.UNAUTHENTICATED
         await server.counts("unknown", "UNAUTHENTICATED", 2)
 
@@ -144,10 +144,10 @@ async def test_a_handler_sees_its_caller(tokens: Path) -> None:
     async with protected_server(echo()[1], tokens=tokens) as server, channel_to(server) as channel:
         stub = stub_of(channel)
         for name in ("vic", "root"):
-            answer = await stub.GetStatus(admin.GetStatusRequest(), metadata=bearer(name), timeout=10)
+            answer = await stub.GetStatus(admin.GetStatusRequest(), metadata=bearer(name), timeout=180)
             assert (answer.run_id, answer.job) == (name, TOKENS[name].name)
             assert answer.state_reason.startswith("127.0.0.1:")
-            call = stub.WatchStatus(admin.WatchStatusRequest(), metadata=bearer(name), timeout=10)
+            call = stub.WatchStatus(admin.WatchStatusRequest(), metadata=bearer(name), timeout=180)
             assert (await anext(aiter(call))).status.run_id == name
             call.cancel()
     assert present_caller() == Caller("anonymous", Role.ADMIN)
@@ -172,9 +172,9 @@ async def test_health_is_open_and_reflection_is_for_viewers(tokens: Path) -> Non
             assert (await health.Check(health_pb2.HealthCheckRequest(), metadata=metadata)).status == 1
         method: Any = channel.stream_stream(reflection)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await anext(aiter(method(iter([request]), timeout=10)))
+            await anext(aiter(method(iter([request]), timeout=180)))
         assert caught.value.code() is STATUS.UNAUTHENTICATED
-        listed = await anext(aiter(method(iter([request]), metadata=bearer("vic"), timeout=10)))
+        listed = await anext(aiter(method(iter([request]), metadata=bearer("vic"), timeout=180)))
         assert SERVICE.full_name.encode() in listed
 
 
@@ -250,7 +250,7 @@ async def test_a_certificate_does_not_replace_the_token(files: Files, tokens: Pa
         protected_server(echo()[1], tokens=tokens, tls=files.tls) as server,
         channel_to(server, files.clients["good"]) as channel,
     ):
-        answer = await stub_of(channel).GetStatus(admin.GetStatusRequest(), metadata=bearer("vic"), timeout=10)
+        answer = await stub_of(channel).GetStatus(admin.GetStatusRequest(), metadata=bearer("vic"), timeout=180)
         assert answer.run_id == "vic (laptop)"
         assert await code_of(channel, f"{PREFIX}GetStatus") is STATUS.UNAUTHENTICATED
 

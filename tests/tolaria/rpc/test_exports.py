@@ -31,12 +31,12 @@ async def test_an_operator_takes_the_model_out_while_training_goes_on(tmp_path: 
         stub = stub_of(channel)
         await run.until(lambda: run.checkpointing.saved_step > 0)
         request = admin.ExportModelRequest(request_id="1", reason="to serve it")
-        answer = await stub.ExportModel(request, timeout=60)
+        answer = await stub.ExportModel(request, timeout=180)
         assert Path(answer.path).parent == tmp_path / "state" / "exports"
         assert json.loads(answer.card)["digest"] == answer.digest
-        assert await stub.ExportModel(request, timeout=60) == answer
+        assert await stub.ExportModel(request, timeout=180) == answer
         named = await stub.ExportModel(
-            admin.ExportModelRequest(request_id="2", reason="r", name="mine", checkpoint="best"), timeout=60
+            admin.ExportModelRequest(request_id="2", reason="r", name="mine", checkpoint="best"), timeout=180
         )
         assert named.path == str(tmp_path / "state" / "exports" / "mine")
         for number, name in enumerate(("../x", "/x", ".hidden", "a/b")):

@@ -76,7 +76,7 @@ def test_a_signal_wakes_a_waiter(board: SignalBoard, other: SignalBoard) -> None
     watcher = threading.Thread(target=watch)
     watcher.start()
     board.claim("spare-1").clear()
-    watcher.join(60)
+    watcher.join(180)
     board.claim("kasmina").raise_level(HALT, "stop")
     assert found == ["nothing"]
     assert other.wait(seen, 60.0) != seen

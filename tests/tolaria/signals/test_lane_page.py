@@ -14,7 +14,7 @@ from tolaria.segments import Segment
 from tolaria.signals.lane_page import LanePage, PagePulse
 from tolaria.signals.layout import LanePhase, LaneWork
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 180.0
 LIMITS = EmergencySettings(heartbeat_timeout_s=30, phase_timeout_s=600)
 
 

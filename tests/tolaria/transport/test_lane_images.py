@@ -17,7 +17,7 @@ from tolaria.transport.lane_images import HeldSegments, LaneImages
 from tolaria.values.training import Position
 from tolaria.wire import Frame, FrameKind, packed_id
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 180.0
 
 
 def open_descriptors() -> int:

@@ -20,7 +20,7 @@ from tolaria.transport.lane_link import LaneLink
 from tolaria.wire import FRAME_BYTES_MAX, Frame, FrameKind, FrameStream, packed_id, send
 
 pytestmark = pytest.mark.anyio
-TIMEOUT_S = 30.0
+TIMEOUT_S = 180.0
 AT_ONCE_S = 2.0
 LARGE_BYTES = 300_000
 

@@ -1,9 +1,9 @@
-"""The cost of hosting: the same job under Tolaria, in a bare loop and in others' loops, in turn.
+"""The cost of hosting: the same job under Tolaria, in a bare loop and in loops of other libraries, by turns.
 
     python tests/benchmarks/bench_hosting.py [--rounds N]
 
 The others are a careful loop (the norm of the gradients, a check that it is finite, `loss.item()`), Fabric and
-Accelerate, where `lightning.fabric` and `accelerate` can be imported. All stamp their times in the job itself: an
+Accelerate, where `lightning` and `accelerate` are installed. All stamp their times in the job itself: an
 epoch's steps run from `begin_epoch` to the first look at the validation data. The whole is everything from the first
 epoch's begin to the last evaluation, boundaries included.
 """
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,6 @@ from torch.nn import functional
 from tolaria import service
 from tolaria.config import load_settings
 from tolaria.jobs import HOST, Batch, Evaluation, JobContext, TensorCursor
-
-try:
-    from lightning.fabric import Fabric  # type: ignore[import-not-found, unused-ignore] # not a dependency
-except ImportError:
-    Fabric = None
-try:
-    from accelerate import Accelerator  # type: ignore[import-not-found, unused-ignore] # not a dependency
-except ImportError:
-    Accelerator = None
 
 STAMPS = "BENCH_STAMPS"
 """Environment variable with the file for the stamps of a job that runs in another process."""
@@ -134,7 +126,7 @@ class HostedJob:
         return Evaluation(loss, int((logits.argmax(1) == y).sum()), batch.samples)
 
 
-Update = Callable[[nn.Module, torch.optim.Optimizer, Tensor], object]
+Update = Callable[[nn.Module, torch.optim.Optimizer, Tensor], None]
 """Computes the gradients of a loss and takes the optimizer's step."""
 
 
@@ -165,22 +157,23 @@ def trained(
 
 
 def bare_update(_model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """What a tutorial does."""
+    """Computes gradients and takes a step, without checks."""
     loss.backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
     optimizer.step()
 
 
-def careful_update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
-    """Skips what is not finite and measures loss and norm, as people do who have lost a run."""
+def careful_update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Reads the loss and the norm of the gradients, and takes the step only if both are finite."""
     loss.backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    if bool(torch.isfinite(norm)) and math.isfinite(loss.item()):
+    if math.isfinite(loss.item()) and math.isfinite(norm.item()):
         optimizer.step()
-    return loss.item()
 
 
 def with_fabric(options: dict[str, int], epochs: int) -> Stamps:
     """Trains with Lightning Fabric."""
+    from lightning.fabric import Fabric  # also the lane imports this module, for the job
+
     fabric = Fabric(accelerator="cpu", devices=1)
 
     def update(_model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -192,6 +185,8 @@ def with_fabric(options: dict[str, int], epochs: int) -> Stamps:
 
 def with_accelerate(options: dict[str, int], epochs: int) -> Stamps:
     """Trains with Accelerate."""
+    from accelerate import Accelerator  # type: ignore[import-not-found, unused-ignore] # not a dependency
+
     accelerator = Accelerator(cpu=True)
 
     def update(_model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -228,20 +223,29 @@ def hosted(options: dict[str, int], epochs: int, mode: str) -> Stamps:
 LOOPS: dict[str, Callable[[dict[str, int], int], Stamps]] = {
     "bare": partial(trained, update=bare_update),
     "careful": partial(trained, update=careful_update),
-    **({"Fabric": with_fabric} if Fabric else {}),
-    **({"Accelerate": with_accelerate} if Accelerator else {}),
+    **({"Fabric": with_fabric} if find_spec("lightning") else {}),
+    **({"Accelerate": with_accelerate} if find_spec("accelerate") else {}),
     "hosted, process": partial(hosted, mode="process"),
     "hosted, thread": partial(hosted, mode="thread"),
 }
 CASES = {
     "tiny MLP, step of some 0.2 ms": ({"width": 32, "depth": 1, "steps": 1000}, 5, 1.10),
-    "middling MLP, step of some 2 ms": ({"width": 384, "depth": 3, "steps": 200}, 5, 1.02),
+    "medium MLP, step of some 2 ms": ({"width": 384, "depth": 3, "steps": 200}, 5, 1.02),
     "wide MLP, step of some 10 ms": ({"width": 1024, "depth": 4, "steps": 60}, 4, 1.02),
 }
 
 
+def rotated(number: int) -> list[str]:
+    """Returns the loops in an order in which each one has another place in every round."""
+    names = list(LOOPS)
+    return [*names[number % len(names) :], *names[: number % len(names)]]
+
+
 def main() -> None:
-    """Prints one row for each case and loop: medians, and the median of the rounds' ratios to the bare loop."""
+    """Prints one row for each case and loop: medians, and the median of the rounds' ratios to the bare loop.
+
+    The first round warms up and does not count.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
@@ -251,7 +255,7 @@ def main() -> None:
     print("| case | loop | step | ratio | target | with boundaries |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, (options, epochs, target) in CASES.items():
-        found = [{loop: train(options, epochs) for loop, train in LOOPS.items()} for _ in range(rounds)]
+        found = [{loop: LOOPS[loop](options, epochs) for loop in rotated(number)} for number in range(rounds + 1)][1:]
         for loop in LOOPS:
             step_ms = statistics.median(each[loop].step_ms() for each in found)
             ratio = statistics.median(each[loop].step_ms() / each["bare"].step_ms() for each in found)

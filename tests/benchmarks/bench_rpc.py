@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_rpc.py [--rounds N] [--calls N]
 
-In two runs: one whose epochs, each of which ends with an evaluation, decisions and a checkpoint, take hundredths of a
-second, and one that has none of that while it is measured.
+Two runs: one with epochs of some hundredths of a second, each with an evaluation, decisions and a checkpoint, and one
+without epoch boundaries while it is measured.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from support.processes import serve
 
 TARGET = 1.2
 RUNS = {
-    "boundaries all the time": ["training.epochs=1000000"],
+    "short epochs": ["training.epochs=1000000"],
     "steps only": ["training.steps=1000000000", "training.evaluate_every_steps=100000000"],
 }
 

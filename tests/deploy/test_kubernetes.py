@@ -426,7 +426,7 @@ def asked(pod: Pod) -> dict[str, int]:
     found = {}
     for kind, path in probe_paths().items():
         try:
-            with urllib.request.urlopen(f"http://{address}{path}", timeout=180) as response:
+            with urllib.request.urlopen(f"http://{address}{path}", timeout=60) as response:
                 found[kind] = response.status
         except urllib.error.HTTPError as error:
             found[kind] = error.code

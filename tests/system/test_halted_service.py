@@ -128,8 +128,8 @@ def test_nothing_that_blocks_the_log_hides_a_halt(tmp_path: Path) -> None:
     ):
         operator = Operator(channel)
         wait_for(lambda: service.unread_bytes > PIPE_BYTES - LINE_BYTES)
-        operator.raise_halt("smoke")
         raised_s = time.monotonic()
+        operator.raise_halt("smoke")
         with SignalBoard.attach(board) as attached:
             signal = attached.effective()
         wait_for(lambda: operator.incidents()[:1] == ["smoke"], DEADLINE_S)

@@ -216,9 +216,11 @@ def test_many_deaths_at_random_times_change_nothing(
         assert len(losses(service)) >= deaths - 1
         assert [line for line in service.events() if line["event"] == "batch_left_out"] == []
         assert last_checkpoint(tmp_path) == undisturbed(length)
-        descriptors, threads = zip(*used, strict=True)
-        assert max(descriptors[2:]) <= descriptors[1] + 4
-        assert max(threads[2:]) <= threads[1] + 2
+        # The ring fills, and some descriptors are open for a moment; one left by each death would be 5 in half of 10.
+        half = len(used) // 2
+        more_descriptors, more_threads = (max(each[half:]) - max(each[:half]) for each in zip(*used, strict=True))
+        assert more_descriptors <= 4
+        assert more_threads <= 2
         assert answered[-1] < 5.0
         board = status(stub).run_id
         service.terminate()

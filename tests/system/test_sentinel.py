@@ -57,7 +57,7 @@ def stand_in(folder: Path, silence: str) -> Iterator[StandIn]:
     finally:
         service.process.kill()
         service.process.communicate()
-        wait_for(lambda: not is_alive(service.sentinel_pid))
+        wait_for(lambda: not is_alive(service.sentinel_pid), WAIT_S)
         service.board.close()
 
 

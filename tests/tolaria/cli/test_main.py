@@ -26,7 +26,7 @@ SLEEPING_RUN = """
 import time
 def run(settings, reread):
     print("up", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 module.run = run
 """
 EVENT_LOOP = """
@@ -46,7 +46,7 @@ import time
 def run(settings, reread):
     print("up", flush=True)
     try:
-        time.sleep(60)
+        time.sleep(600)
     except KeyboardInterrupt:
         raise RecursionError from None
 module.run = run
@@ -60,7 +60,7 @@ real = builtins.__import__
 def slow(name, *rest):
     if name == "tolaria.config":
         print("up", flush=True)
-        time.sleep(60)
+        time.sleep(600)
     return real(name, *rest)
 builtins.__import__ = slow
 """

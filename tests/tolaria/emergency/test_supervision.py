@@ -40,7 +40,7 @@ from tolaria.signals.layout import LanePhase
 
 pytestmark = pytest.mark.anyio
 TIMEOUT_S = 180.0
-NEVER_S = 60.0
+NEVER_S = 600.0
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def test_a_signal_wakes_a_waiter(board: SignalBoard, other: SignalBoard) -> None
     found: list[str] = []
 
     def watch() -> None:
-        other.wait(seen, 60.0)
+        other.wait(seen, 600.0)
         signal = other.effective()
         found.append(signal.reason if signal else "nothing")
 

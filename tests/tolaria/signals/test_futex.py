@@ -54,7 +54,7 @@ def test_every_waiter_wakes(bell: Bell) -> None:
 
 def test_a_waiter_does_not_hold_the_gil(bell: Bell) -> None:
     """The main thread runs and rings while another one waits."""
-    waiter = threading.Thread(target=bell.wait, args=(0, 60.0))
+    waiter = threading.Thread(target=bell.wait, args=(0, 600.0))
     waiter.start()
     count = sum(1 for _ in range(100_000))
     bell.ring(1)
@@ -63,8 +63,8 @@ def test_a_waiter_does_not_hold_the_gil(bell: Bell) -> None:
 
 
 def test_close_ends_waits(bell: Bell) -> None:
-    """Closing ends a wait of a minute."""
-    waiter = threading.Thread(target=bell.wait, args=(0, 60.0))
+    """Closing ends a wait of ten minutes."""
+    waiter = threading.Thread(target=bell.wait, args=(0, 600.0))
     waiter.start()
     while not bell.waiters:
         threading.Event().wait(0.001)

@@ -252,6 +252,8 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     print(f"{len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {rounds} rounds by turns")
+    if missing := [name for name in ("lightning", "accelerate") if not find_spec(name)]:
+        print(f"not installed: {', '.join(missing)}")
     print("| case | loop | step | ratio | target | with boundaries |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, (options, epochs, target) in CASES.items():

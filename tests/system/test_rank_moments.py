@@ -16,7 +16,7 @@ import pytest
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
-from support.groups import agent_of, named
+from support.groups import agent_of, pass_lost_batches
 from support.peers import FakeKasmina, served_without_change
 from support.processes import Serve, is_alive, serve, status, stub_of
 from support.runs_on_disk import last_checkpoint
@@ -45,9 +45,6 @@ MATRIX: Final = [
 ]
 ALWAYS: Final = [("build", 1, "segv"), ("worker", 1, "kill"), ("checkpoint", 0, "exit"), ("rollback", 1, "kill")]
 """A kind of moment each that `test_rank_deaths.py` has not; the other cells are drawn."""
-
-UNSEEN: Final = 3
-"""Steps that a lane may have begun, and the service not have heard of, when it dies."""
 
 LONG, IN_CI = 200, 10
 """How many cells there are in all."""
@@ -108,9 +105,8 @@ def die(
             stub.TriggerRollback(admin.TriggerRollbackRequest(request_id=f"r{number}", reason="odd"), timeout=180)
     wait_for(lambda: not (directory / "order").exists())
     wait_for(lambda: status(stub).state == admin.RUN_STATE_RUNNING and recovered(service) > deaths)
-    # A batch with which two processes in a row die is left out: the next death comes after that of the last one.
-    last = max(step, *(int(str(line["step"])) for line in named(service, "tolaria.lane_lost")))
-    wait_for(lambda: status(stub).global_step > last + UNSEEN)
+    pass_lost_batches(service)
+    wait_for(lambda: status(stub).global_step > step)
 
 
 def points(stub: TolariaAdminServiceStub) -> Sequence[admin.RestorePoint]:

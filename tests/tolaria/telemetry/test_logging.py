@@ -65,7 +65,7 @@ class BlockedStream(io.StringIO):
 
     def write(self, text: str) -> int:
         self.blocked.set()
-        self.unblock.wait(10)
+        self.unblock.wait(600)
         return super().write(text)
 
 
